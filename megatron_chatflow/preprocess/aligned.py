@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.preprocess.languages import is_variant
+from megatron_chatflow.preprocess.languages import is_variant, matching_code
 from megatron_chatflow.preprocess.records import OversizedRecord
 
 SCORES_SUFFIX = ".scores"
@@ -43,11 +43,11 @@ def aligned_name(
     if path.suffix.lower() == SCORES_SUFFIX:
         return AlignedName(str(path.with_suffix("")), 2, is_certain) if is_certain else None
     tag = path.suffix.removeprefix(".")
-    found = [k for k, code in enumerate(sides) if is_variant(tag, code)]
+    code = matching_code(tag, sides)
     is_both = is_variant(tag, "-".join(sides)) or is_variant(tag, "-".join(sides[::-1]))
-    if len(found) != 1 or is_both:  # `corpus.en-zh` has both sides
+    if code is None or is_both:  # `corpus.en-zh` has both sides
         return None
-    return AlignedName(str(path.with_suffix("")), found[0], is_certain)
+    return AlignedName(str(path.with_suffix("")), code, is_certain)
 
 
 def aligned_rows(

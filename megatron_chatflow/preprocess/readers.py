@@ -206,41 +206,50 @@ def _align(
     files: Sequence[InputFile], sides: tuple[str, str], with_scores: bool
 ) -> list[InputFile]:
     """Joins the two sides of aligned text, and their scores, to one file each."""
-    groups: dict[str, dict[int, InputFile]] = {}
-    named: list[tuple[InputFile, AlignedName | None]] = []
-    for file in files:
+    groups: dict[str, tuple[list[int], list[int], list[int]]] = {}  # positions of a stem's parts
+    roles: list[AlignedName | None] = []
+    for position, file in enumerate(files):
         role = None
         if file.path is not None:
             path = PurePath(str(file.path), file.member or "")
             role = aligned_name(path, sides, COMPRESSION_SUFFIXES)
-        named.append((file, role))
+        roles.append(role)
         if role is not None:
-            other = groups.setdefault(role.stem, {}).setdefault(role.part, file)
-            if other is not file and role.is_certain:
-                raise UserError(
-                    f"two files for one side: {other.name} and {file.name}: give one, or set "
-                    "--pair-keys to the languages, such as en zh-CN"
-                )
+            groups.setdefault(role.stem, ([], [], []))[role.part].append(position)
     joined: list[InputFile] = []
-    for file, role in named:
-        parts = {} if role is None else groups[role.stem]
-        if role is None or (not role.is_certain and not {0, 1} <= parts.keys()):
+    num_unused_scores = 0
+    for position, (file, role) in enumerate(zip(files, roles, strict=True)):
+        parts = ([], [], []) if role is None else groups[role.stem]
+        is_pair = bool(parts[0] and parts[1])
+        if role is None or (not role.is_certain and not is_pair):
             joined.append(file)
-        elif not {0, 1} <= parts.keys():
+            continue
+        for part in parts:
+            if len(part) > 1:
+                raise UserError(
+                    f"two files for one side: {files[part[0]].name} and {files[part[1]].name}: "
+                    "give one, or set --pair-keys to the languages, such as en zh-CN"
+                )
+        if not is_pair:
             raise UserError(
-                f"one side of a pair: {file.name}: there is no {sides[0 in parts]} side of the "
+                f"one side of a pair: {file.name}: there is no {sides[bool(parts[0])]} side of the "
                 "same name among the inputs: give both files, or set --pair-keys to their languages"
             )
-        elif file in (parts[0], parts[1]) and file is min(parts[0], parts[1], key=files.index):
-            used = (parts[0], parts[1], *([parts[2]] if with_scores and 2 in parts else []))
-            if with_scores and 2 not in parts:
-                raise UserError(
-                    f"no scores: {parts[0].name} and {parts[1].name}: --pair-min-score needs a "
-                    "file of the same name that ends in .scores among the inputs"
-                )
-            name = " + ".join(part.name for part in used)
-            num_bytes = sum(part.num_bytes for part in used)
-            joined.append(InputFile(file.path, name, "aligned", num_bytes, parts=used))
+        num_unused_scores += role.part == 2 and not with_scores
+        if position != min(parts[0] + parts[1]):
+            continue
+        first, second = files[parts[0][0]], files[parts[1][0]]
+        if with_scores and not parts[2]:
+            raise UserError(
+                f"no scores: {first.name} and {second.name}: --pair-min-score needs a file of the "
+                "same name that ends in .scores among the inputs"
+            )
+        used = (first, second, *([files[parts[2][0]]] if with_scores else []))
+        name = " + ".join(part.name for part in used)
+        num_bytes = sum(part.num_bytes for part in used)
+        joined.append(InputFile(file.path, name, "aligned", num_bytes, parts=used))
+    if num_unused_scores:
+        logger.warning("ignored %d files of scores: see --pair-min-score", num_unused_scores)
     return joined
 
 

@@ -129,7 +129,7 @@ class TmxParser:
         sides = []
         tags = [language for language, _ in self._texts]
         for code in self._languages:
-            found = find_language(tags, code)
+            found = find_language(tags, code, self._languages)
             if found is None:
                 return RejectedRecord(f"no_language_{code}", is_bad=False)
             sides.append(self._texts[found][1])

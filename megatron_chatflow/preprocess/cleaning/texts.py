@@ -6,16 +6,12 @@ repetitions and duplicates as n-grams of words.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
 from megatron_chatflow.errors import UserError
-
-# The model takes many short Chinese texts for Wu or Cantonese.
-_VARIETIES = {"wuu": "zh", "yue": "zh"}
-MAX_IDENTIFIED_CHARACTERS = 4000  # the language is identified by the beginning of a text
+from megatron_chatflow.preprocess.languages import language_identifier as language_identifier
 
 # Han, kana, Bopomofo, Thai, Lao, Myanmar and Khmer are written without spaces between words.
 _UNSPACED = (
@@ -82,31 +78,6 @@ def _is_boilerplate(line: str) -> bool:
         return False
     lower = line.lower()
     return any(text in line or text in lower for text in BOILERPLATE_TEXTS)
-
-
-@cache
-def language_identifier() -> Callable[[str], tuple[str, float]]:
-    """Returns a function that returns the language of a text and its probability.
-
-    The language is a code of ISO 639-1, such as "en" or "zh"; "zh" includes `_VARIETIES`. The model
-    is part of the package py3langid; nothing is downloaded.
-
-    Raises:
-        UserError: py3langid is not installed.
-    """
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise UserError("languages are identified by py3langid: pip install py3langid") from error
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
-    def identify(text: str) -> tuple[str, float]:
-        probabilities: defaultdict[str, float] = defaultdict(float)
-        for language, probability in identifier.rank(text[:MAX_IDENTIFIED_CHARACTERS]):
-            probabilities[_VARIETIES.get(language, language)] += probability
-        return max(probabilities.items(), key=lambda item: item[1])
-
-    return identify
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,19 @@ def test_language_identification() -> None:
     for accepted in ((ENGLISH, CHINESE), ("42", "\u7532")):
         assert documents_of_pair(*accepted, settings, "chatflow", "response")
         assert documents_of_pair(*accepted, variant, "chatflow", "response")
+    # The model alone takes these for Cantonese.
+    unlimited = PairSettings(identify_languages=True, max_length_ratio=0)
+    cantonese = replace(unlimited, keys=("en", "yue"))
+    for chinese in (
+        "\u4f60\u597d",
+        "\u9577\u6c5f\u767c\u6e90\u65bc\u9752\u85cf\u9ad8\u539f\uff0c"
+        "\u6d41\u7d93\u5341\u4e00\u500b\u7701\u4efd\u3002",
+    ):
+        assert documents_of_pair(ENGLISH, chinese, unlimited, "chatflow", "response")
+        assert documents_of_pair(ENGLISH, chinese, cantonese, "chatflow", "response")
+    # Only the beginning is identified.
+    longer = ENGLISH * 60 + FRENCH * 600
+    assert documents_of_pair(longer, CHINESE, unlimited, "chatflow", "response")
     for pair in ((FRENCH, CHINESE), (ENGLISH, FRENCH), (CHINESE, ENGLISH)):
         with pytest.raises(DroppedError, match="^wrong_language$"):
             documents_of_pair(*pair, settings, "chatflow", "response")
@@ -126,10 +140,11 @@ def test_settings_that_cannot_work(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) 
         )
     from megatron_chatflow.preprocess import languages
 
-    languages._identifier.cache_clear()
-    monkeypatch.setitem(sys.modules, "py3langid", None)
-    fail("needs py3langid: pip install py3langid", identify_languages=True)
-    languages._identifier.cache_clear()
+    languages._model.cache_clear()
+    languages.language_identifier.cache_clear()
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    fail("by py3langid: pip install py3langid", identify_languages=True)
+    languages._model.cache_clear()
 
 
 def test_scores_of_json_lines() -> None:

@@ -93,6 +93,21 @@ def test_invalid_bytes_may_be_replaced_and_other_encodings_read(tmp_path: Path) 
         ({"a.en": b"x\n"}, {}, "one side of a pair: a.en: there is no zh side"),
         ({"a.zh": b"x\n", "b.en": b"x\n"}, {}, "one side of a pair: a.zh: there is no en side"),
         ({"a.en": b"x\n", "a.zh": b"", "a.zh-TW": b""}, {}, "two files for one side: a.zh and"),
+        (
+            {"c.en.txt": b"x\n", "c.zh-CN.txt": b"y\n", "c.zh-TW.txt": b"z\n"},
+            {},
+            "two files for one side: c.zh-CN.txt and c.zh-TW.txt",
+        ),
+        (
+            {"e.en": b"x\n", "e.zh": b"y\n", "e.en.txt": b"z\n"},
+            {},
+            "two files for one side: e.en and e.en.txt",
+        ),
+        (
+            {"e.en": b"", "e.zh": b"", "e.scores": b"", "e.scores.gz": b""},
+            {},
+            "two files for one side: e.scores and e.scores.gz",
+        ),
         ({"a.en": b"x\n", "a.zh": b"y\n"}, {"min_score": 0.5}, "no scores: a.en and a.zh"),
         ({"a.en": b"\xff\xfex\0", "a.zh": b"y\n"}, {}, "not utf-8: a.en: begins with the byte"),
         ({"a.en.gz": gzip.compress(b"x\n")[:-9], "a.zh": b"y\n"}, {}, "a.en.gz: .* truncated"),
@@ -107,20 +122,47 @@ def test_aligned_files_that_are_refused(
         read_pairs(tmp_path, **options)
 
 
+def test_no_file_falls_through(tmp_path: Path) -> None:
+    """Files of one side without another side are read as what they are without it."""
+    for name in ("c.en.txt", "c.en-US.txt", "d.zh.txt"):
+        (tmp_path / name).write_text(f"{name}\txxx\n")
+    found, dropped = read_pairs(tmp_path)
+    assert (found, dropped) == (
+        [("c.en-US.txt", "xxx"), ("c.en.txt", "xxx"), ("d.zh.txt", "xxx")],
+        {},
+    )
+
+
+def test_a_tag_belongs_to_the_longest_code(tmp_path: Path) -> None:
+    keys = ("zh", "zh-TW")
+    (tmp_path / "a.zh-TW").write_bytes(aligned_text(PAIRS, 1))
+    (tmp_path / "a.zh").write_bytes(aligned_text(PAIRS, 0))
+    assert read_pairs(tmp_path, keys=keys) == (PAIRS, {})
+    (tmp_path / "b.tmx").write_text(tmx([unit(zh_TW="a", zh_CN="b"), unit(zh_TW="a", zh_HK="a")]))
+    assert read_pairs(tmp_path / "b.tmx", keys=keys) == ([("b", "a")], {"identical_sides": 1})
+    (tmp_path / "b.tmx").write_text(tmx([unit(zh_TW="a", zh_Hant_TW="b")]))
+    assert read_pairs(tmp_path / "b.tmx", keys=keys[::-1]) == ([("a", "b")], {})
+    (tmp_path / "b.tmx").write_text(tmx([unit(zh_TW="a", zh_TW_x="b")]))
+    dropped = {"no_language_zh": 1}
+    assert read_pairs(tmp_path / "b.tmx", keys=keys, max_record_bytes=800) == ([], dropped)
+
+
 def test_a_lone_text_file_keeps_its_meaning(tmp_path: Path) -> None:
     """`x.en.txt` has tab-separated pairs unless there is another side."""
     (tmp_path / "x.en.txt").write_text("a\tb\n")
     assert read_pairs(tmp_path / "x.en.txt") == ([("a", "b")], {})
 
 
-def test_scores_beside_aligned_files(tmp_path: Path) -> None:
+def test_scores_beside_aligned_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.en").write_bytes(aligned_text(PAIRS[:4], 0))
     (tmp_path / "a.zh").write_bytes(aligned_text(PAIRS[:4], 1))
     (tmp_path / "a.scores").write_text("1.2\n0.3\nnone\nnan\n")
     names = [tmp_path / f"a.{ending}" for ending in ("scores", "en", "zh")]
     expected = ([PAIRS[0]], {"low_score": 2, "score_not_a_number": 1})
     assert read_pairs(*names, min_score=0.5) == expected
+    assert not caplog.messages
     assert read_pairs(*names) == (PAIRS[:4], {})
+    assert caplog.messages == ["ignored 1 files of scores: see --pair-min-score"]
     (tmp_path / "a.scores").write_text("1.2\n0.3\n")
     with pytest.raises(UserError, match=r"a.zh has 4 lines, a.scores has 2 lines"):
         read_pairs(*names, min_score=0.5)
