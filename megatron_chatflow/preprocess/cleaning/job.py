@@ -9,9 +9,11 @@ A job has up to four stages, each of which is a datatrove pipeline with a fixed 
 4. `deduplicate`: one task per input file keeps one document of every group.
 
 All files are written to the folder `OUTPUT.partial`. A job that was killed continues there after
-its last finished tasks. At the end, the output folder gets its final name.
+its last finished tasks. At the end, the folder of removed documents and then the output folder get
+their final names; a folder that is missing in `OUTPUT.partial` already has its final name.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,11 +22,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import FileLock, check_output_folder, sync_tree, write_atomically
+from megatron_chatflow.files import (
+    FileLock,
+    check_output_folder,
+    replace_folder,
+    sync_tree,
+    write_atomically,
+)
 from megatron_chatflow.preprocess.cleaning.decontaminate import (
     MIN_WORDS,
     Match,
@@ -32,12 +41,14 @@ from megatron_chatflow.preprocess.cleaning.decontaminate import (
 )
 from megatron_chatflow.preprocess.cleaning.texts import chinese_converter, language_identifier
 from megatron_chatflow.preprocess.job import ray_session
-from megatron_chatflow.preprocess.readers import InputFile, find_inputs
+from megatron_chatflow.preprocess.readers import InputFile, find_inputs, open_input
 from megatron_chatflow.preprocess.settings import CorpusSettings
 
 FILTERS = ("gopher-quality", "gopher-repetition", "c4", "fineweb")
-# The hidden file with the counts of a job in its output folder. Readers skip hidden files.
+# The hidden files with the counts of a job in its output folder, and with its settings in the
+# folder of removed documents. Only folders with them are replaced. Readers skip hidden files.
 COUNTS_FILE = ".cleaning.json"
+REMOVED_FILE = ".removed.json"
 _SETTINGS_FILE = "settings.json"
 
 
@@ -87,8 +98,35 @@ class CleanSettings:
         settings = {name: v for name, v in asdict(self).items() if name not in names}
         del settings["slurm_time"]
         inputs = [[str(file.path), file.num_bytes] for file in files]
-        recorded: dict[str, Any] = json.loads(json.dumps({**settings, "files": inputs}))
+        used = {"datatrove": True, "py3langid": self.languages, "opencc": self.chinese}
+        facts = {
+            "files": inputs,
+            "evaluation_files": [[f.name, _sha256(f)] for f in self.evaluation_files()],
+            # Models and dictionaries differ between versions.
+            "versions": {name: version(name) for name, is_used in used.items() if is_used},
+        }
+        recorded: dict[str, Any] = json.loads(json.dumps({**settings, **facts}))
         return recorded
+
+    def evaluation_files(self) -> list[InputFile]:
+        """Returns the files of `decontaminate`.
+
+        Raises:
+            UserError: A file does not exist, or can be read only once.
+        """
+        files = find_inputs(self.decontaminate) if self.decontaminate else []
+        for file in files:
+            if file.path is None or (isinstance(file.path, Path) and not file.path.is_file()):
+                raise UserError(f"--decontaminate {file.name}: is read twice: give a file")
+        return files
+
+
+def _sha256(file: InputFile) -> str:
+    digest = hashlib.sha256()
+    with open_input(file) as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass
@@ -138,30 +176,31 @@ def clean(settings: CleanSettings) -> Counts | None:
             output exists, no document is left, or a package is missing.
     """
     files = find_inputs(settings.inputs)
-    _check(settings, files)
-    output = Path(settings.output).absolute()
-    work = _work_folder(output)
     settings = replace(
         settings,
-        output=str(output),
-        removed=settings.removed and os.path.abspath(settings.removed),
+        output=os.path.abspath(settings.output),
+        removed=None if settings.removed is None else os.path.abspath(settings.removed),
     )
+    output = Path(settings.output)
+    work = _work_folder(output)
+    _check(settings, files)
+    _check_places(settings, files, work)
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock.acquire(output.with_name(f".{output.name}.lock"))
     if lock is None:
         raise UserError(f"{output}: another process is writing it: wait until it finishes")
     try:
-        _begin(settings, files, work)
-        try:
-            stages = _stages(settings, files, work)
-            if settings.slurm_partition is not None:
-                _run_on_slurm(settings, stages, work)
-                return None
-            _run(settings, stages, work)
-            counts = publish(settings, work)
-        except UserError:  # the same job would fail again
-            shutil.rmtree(work)
-            raise
+        if not _begin(settings, files, work):
+            try:
+                stages = _stages(settings, files, work)
+                if settings.slurm_partition is not None:
+                    _run_on_slurm(settings, stages, work)
+                    return None
+                _run(settings, stages, work)
+            except UserError:  # the same job would fail again
+                shutil.rmtree(work)
+                raise
+        counts = publish(settings, work)
         shutil.rmtree(work)
         return counts
     finally:
@@ -209,19 +248,6 @@ def _check(settings: CleanSettings, files: Sequence[InputFile]) -> None:
             raise UserError(f"{flag} {value}: must be at least {smallest}")
     if settings.ray is not None and settings.slurm_partition is not None:
         raise UserError("--ray and --slurm-partition: give only one of them")
-    output = Path(settings.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: exists and is not a folder: choose another --output")
-    if output.is_dir() and any(output.iterdir()):
-        if not settings.overwrite:
-            raise UserError(f"{output}: exists: choose another --output, or use --overwrite")
-        if not (output / COUNTS_FILE).exists():
-            raise UserError(
-                f"{output}: was not written by this command and is not replaced: choose another "
-                "--output"
-            )
-    if settings.removed is not None and Path(settings.removed).exists() and not settings.overwrite:
-        raise UserError(f"{settings.removed}: exists: choose another --removed, or use --overwrite")
     for path in (settings.output, settings.removed):
         if path is not None:
             check_output_folder(Path(path))
@@ -238,23 +264,107 @@ def _check(settings: CleanSettings, files: Sequence[InputFile]) -> None:
         ) from error
 
 
-def _begin(settings: CleanSettings, files: Sequence[InputFile], work: Path) -> None:
-    """Creates the folder of the job, or continues in that of an equal job that was killed."""
+def _check_places(settings: CleanSettings, files: Sequence[InputFile], work: Path) -> None:
+    """Checks that no folder that is written contains an input or another of these folders.
+
+    They are replaced as a whole. An input folder must not contain them either, because a job that
+    continues would read them.
+    """
+    read = [*files, *settings.evaluation_files()]
+    inputs = {str(f.path): os.path.realpath(f.path) for f in read if isinstance(f.path, Path)}
+    folders = {
+        name: os.path.realpath(name)
+        for name in (*settings.inputs, *settings.decontaminate)
+        if os.path.isdir(name)
+    }
+    written = [("--output", settings.output), ("--output", str(work))]
+    if settings.removed is not None:
+        written.append(("--removed", settings.removed))
+    for flag, path in written:
+        real = os.path.realpath(path)
+        for name, file in inputs.items():
+            if _is_within(file, real):
+                raise UserError(f"{path}: contains the input {name}: choose another {flag}")
+        for name, folder in folders.items():
+            if _is_within(real, folder):
+                raise UserError(f"{path}: is in the input folder {name}: choose another {flag}")
+    if settings.removed is None:
+        return
+    removed = os.path.realpath(settings.removed)
+    for _, path in written[:2]:
+        real = os.path.realpath(path)
+        if _is_within(real, removed) or _is_within(removed, real):
+            raise UserError(f"{settings.removed}: overlaps {path}: choose another --removed")
+    if _device_of(Path(settings.removed).parent) != _device_of(work.parent):
+        raise UserError(
+            f"{settings.removed}: is on another file system than {settings.output}: choose another "
+            "--removed"
+        )
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _device_of(path: Path) -> int:
+    """Returns the device of a folder, or of its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
+
+
+def _folders(settings: CleanSettings) -> list[tuple[str, Path, str]]:
+    """Returns the name in the folder of the job, the final path and the mark of each output."""
+    folders = [("output", Path(settings.output), COUNTS_FILE)]
+    if settings.removed is not None:
+        folders.insert(0, ("removed", Path(settings.removed), REMOVED_FILE))
+    return folders
+
+
+def _check_replaceable(path: Path, name: str, mark: str, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: exists and is not a folder: choose another --{name}")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / mark).exists():
+        raise UserError(
+            f"{path}: was not written by this command and is not replaced: choose another --{name}"
+        )
+    if not overwrite:
+        raise UserError(f"{path}: exists: choose another --{name}, or use --overwrite")
+
+
+def _begin(settings: CleanSettings, files: Sequence[InputFile], work: Path) -> bool:
+    """Creates the folder of the job, or continues in that of an equal job that was killed.
+
+    Returns:
+        Whether all stages are finished, because a folder already has its final name.
+    """
     record = settings.record(files)
     path = work / _SETTINGS_FILE
+    try:
+        is_continued = json.loads(path.read_bytes()) == record
+    except (OSError, ValueError):
+        is_continued = False
+    folders = _folders(settings)
+    published = [folder for folder in folders if is_continued and not (work / folder[0]).exists()]
+    for folder in folders:
+        name, final, mark = folder
+        if folder not in published:
+            _check_replaceable(final, name, mark, settings.overwrite)
+        elif not (final / mark).exists():
+            raise UserError(f"{final}: was removed while the job was not finished: remove {work}")
+    if is_continued:
+        return bool(published)
     if work.exists():
-        try:
-            same = json.loads(path.read_bytes()) == record
-        except (OSError, ValueError):
-            same = False
-        if same:
-            return
         if not settings.overwrite and any(work.iterdir()):
             raise UserError(f"{work}: belongs to another job: remove it, or use --overwrite")
         shutil.rmtree(work)
     work.mkdir()
-    (work / "output").mkdir()
+    for name, _, _ in folders:
+        (work / name).mkdir()
     write_atomically(path, json.dumps(record, indent=1))
+    return False
 
 
 Stage = tuple[str, list[Any], int]  # name, pipeline and number of tasks
@@ -390,28 +500,46 @@ class PublishStep:
         publish(self.settings, work)
         for name in ("filtered", "signatures", "buckets", "clusters"):
             shutil.rmtree(work / name, ignore_errors=True)
-        (work / _SETTINGS_FILE).unlink()  # only logs are left, with which no job can continue
+        (work / _SETTINGS_FILE).unlink(
+            missing_ok=True
+        )  # only logs are left, with which no job can continue
 
 
 def publish(settings: CleanSettings, work: Path) -> Counts:
     """Checks the counts of a job and gives the output folders their final names.
 
+    Folders that got them before the job was killed are left as they are.
+
     Raises:
-        UserError: There are too many bad lines, or no document is left.
+        UserError: There are too many bad lines, no document is left, or a folder exists.
     """
+    if not (work / "output").exists():
+        return _published_counts(Path(settings.output))
     counts = read_counts(work)
     _check_counts(counts, settings)
-    made = work / "output"
-    write_atomically(made / COUNTS_FILE, json.dumps(asdict(counts), ensure_ascii=False, indent=1))
-    for folder, path in ((made, settings.output), (work / "removed", settings.removed)):
-        if path is None:
+    record = json.loads((work / _SETTINGS_FILE).read_bytes())
+    recorded = {name: v for name, v in record.items() if name not in ("output", "removed")}
+    contents = {
+        COUNTS_FILE: {**asdict(counts), "settings": recorded},
+        REMOVED_FILE: {"settings": recorded},
+    }
+    for name, path, mark in _folders(settings):
+        made = work / name
+        if not made.exists():
             continue
-        folder.mkdir(exist_ok=True)
-        sync_tree(folder)
-        if os.path.isdir(path):  # an empty folder, or with `overwrite`
-            shutil.rmtree(path)
-        os.rename(folder, path)
+        _check_replaceable(path, name, mark, settings.overwrite)
+        write_atomically(made / mark, json.dumps(contents[mark], ensure_ascii=False, indent=1))
+        sync_tree(made)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_folder(path, made, path.with_name(f".{path.name}.old"))
     return counts
+
+
+def _published_counts(output: Path) -> Counts:
+    content = json.loads((output / COUNTS_FILE).read_bytes())
+    del content["settings"]
+    steps = [StepCounts(**step) for step in content.pop("steps")]
+    return Counts(**content, steps=steps)
 
 
 def _check_counts(counts: Counts, settings: CleanSettings) -> None:

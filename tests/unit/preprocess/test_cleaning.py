@@ -24,6 +24,7 @@ from megatron_chatflow.preprocess.cleaning.decontaminate import (
 )
 from megatron_chatflow.preprocess.cleaning.job import (
     COUNTS_FILE,
+    REMOVED_FILE,
     CleanSettings,
     Counts,
     MinHashSettings,
@@ -320,6 +321,119 @@ def test_existing_folders_are_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was not written by this command"):
         run(tmp_path, overwrite=True)
     assert len(read(tmp_path / "out")) == 1
+
+
+def test_only_folders_of_this_command_are_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "in", "a.jsonl", [{"text": ENGLISH}])
+    write(tmp_path / "mine", "b.jsonl", [{"text": ENGLISH}])
+    mine = str(tmp_path / "mine")
+    with pytest.raises(UserError, match="mine: was not written by this command .* --removed"):
+        run(tmp_path, removed=mine, overwrite=True)
+    assert (tmp_path / "mine" / "b.jsonl").exists() and not (tmp_path / "out").exists()
+    removed = tmp_path / "new" / "removed"
+    run(tmp_path, removed=str(removed))
+    assert (removed / REMOVED_FILE).exists()
+    with pytest.raises(UserError, match="removed: exists: choose another --removed, or use --over"):
+        run(tmp_path, removed=str(removed))
+    (removed / "old").write_text("")
+    run(tmp_path, removed=str(removed), overwrite=True)
+    assert [path.name for path in removed.iterdir()] == [REMOVED_FILE]
+    assert not list(tmp_path.rglob("*.old"))
+
+
+@pytest.mark.parametrize(
+    ("output", "removed", "message"),
+    [
+        ("in", None, "in: contains the input .*a.jsonl: choose another --output"),
+        (".", None, "contains the input"),
+        ("in/out", None, "in/out: is in the input folder .*in: choose another --output"),
+        ("eval", None, "eval: contains the input .*test.jsonl: choose another --output"),
+        ("out", "in", "in: contains the input .*a.jsonl: choose another --removed"),
+        ("out", "in/removed", "in/removed: is in the input folder .* choose another --removed"),
+        ("out", "out", "out: overlaps .*out: choose another --removed"),
+        ("out", "out/removed", "out/removed: overlaps"),
+        ("a/out", "a", "a: overlaps .*a/out: choose another --removed"),
+        ("out", "out.partial/x", "out.partial/x: overlaps"),
+    ],
+)
+def test_folders_that_contain_each_other_are_refused(
+    output: str, removed: str | None, message: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "in", "a.jsonl", [{"text": ENGLISH}])
+    write(tmp_path / "eval", "test.jsonl", [{"question": QUESTION}])
+    settings = CleanSettings(
+        (str(tmp_path / "in"),),
+        str(tmp_path / output),
+        decontaminate=(str(tmp_path / "eval" / "test.jsonl"),),
+        removed=removed and str(tmp_path / removed),
+        overwrite=True,
+    )
+    with pytest.raises(UserError, match=message):
+        clean(settings)
+    assert sorted(path.name for path in tmp_path.rglob("*.jsonl")) == ["a.jsonl", "test.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval", "in"]
+
+
+@pytest.mark.parametrize("num_published", [1, 2])
+def test_a_job_that_was_killed_while_it_published_is_finished(
+    num_published: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "in", "a.jsonl", [{"text": ENGLISH}, {"text": SPANISH}])
+    from megatron_chatflow.preprocess.cleaning import job
+
+    replace_folder = job.replace_folder
+    published = []
+
+    def killed(*paths: Path) -> None:
+        replace_folder(*paths)
+        published.append(paths[0].name)
+        if len(published) == num_published:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"languages": ("en",), "removed": str(tmp_path / "removed")}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "replace_folder", killed)
+        run(tmp_path, **options)
+    assert published == ["removed", "out"][:num_published]
+    counts = run(tmp_path, **options)
+    assert (counts.num_read, counts.num_written) == (2, 1)
+    assert [step.dropped for step in counts.steps] == [{"es": 1}]
+    assert [r["text"] for r in read(tmp_path / "out")] == [ENGLISH]
+    assert [r["language"] for r in read(tmp_path / "removed" / "language")] == ["es"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "removed"]
+    with pytest.raises(UserError, match="exists"):
+        run(tmp_path, **options)
+
+
+def test_a_job_does_not_continue_with_other_evaluation_texts_or_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "in", "a.jsonl", [{"text": ENGLISH}])
+    write(tmp_path / "eval", "test.jsonl", [{"question": QUESTION}])
+    from megatron_chatflow.preprocess.cleaning import job
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = {
+        "languages": ("en",),
+        "decontaminate": (str(tmp_path / "eval" / "test.jsonl"),),
+    }
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "publish", killed)
+        run(tmp_path, **options)
+    write(tmp_path / "eval", "test.jsonl", [{"question": QUESTION.replace("Asia", "Peru")}])
+    with pytest.raises(UserError, match="belongs to another job"):
+        run(tmp_path, **options)
+    write(tmp_path / "eval", "test.jsonl", [{"question": QUESTION}])
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "version", lambda name: f"{name} of tomorrow")
+        with pytest.raises(UserError, match="belongs to another job"):
+            run(tmp_path, **options)
+    run(tmp_path, **options)
+    recorded = json.loads((tmp_path / "out" / COUNTS_FILE).read_text())["settings"]
+    assert set(recorded["versions"]) == {"datatrove", "py3langid"}
+    assert recorded["evaluation_files"][0][0] == "test.jsonl"
 
 
 def test_the_example_of_the_page(
