@@ -50,6 +50,7 @@ QUESTION_ANSWER_KEYS = (
     ("inputs", "targets"),
 )
 _CONTEXT_KEYS = ("input", "context")
+_SYSTEM_KEYS = ("system", "system_prompt")
 # The fields of OpenAI, axolotl and ms-swift that select whether a message has loss.
 LOSS_FIELDS = ("weight", "train", "training", "loss")
 # A message or record changes its meaning without these fields. Empty values count as absent.
@@ -121,10 +122,20 @@ _DEFAULTS = ChatSettings()
 
 
 def is_list_of_messages(value: Any, settings: ChatSettings) -> bool:
-    """Returns whether a value is one chat: a list of objects that all have a role."""
-    role_keys = _role_keys(dict(settings.keys))
-    return (isinstance(value, list) and len(value) > 0) and all(
-        isinstance(message, dict) and any(key in message for key in role_keys) for message in value
+    """Returns whether a value is one chat: a list of messages, which all have a role and a content.
+
+    The roles must be known, because other records may have a field `role` or `from` as well.
+    """
+    keys = dict(settings.keys)
+    role_keys, content_keys = _role_keys(keys), (*_content_keys(keys), *_CALL_FIELDS)
+    return (isinstance(value, list) and len(value) > 0) and (
+        all(map(_is_role_and_text, value))
+        or all(
+            isinstance(message, dict)
+            and _is_role(_first_present(message, *role_keys))
+            and any(key in message for key in content_keys)
+            for message in value
+        )
     )
 
 
@@ -136,7 +147,9 @@ def begins_with_messages(data: bytes, settings: ChatSettings) -> bool:
     except orjson.JSONDecodeError:
         return False
     return is_list_of_messages(value, settings) or (
-        isinstance(value, list) and all(isinstance(text, str) or _is_pair(text) for text in value)
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(text, str) or _is_pair(text) for text in value)
     )
 
 
@@ -164,16 +177,16 @@ def chat_of(
         DroppedError: The chat has an unsupported field or role, contradictory loss fields, no
             answer with loss, or turns that are out of order.
     """
-    if isinstance(record, list):
-        return chat_of_turns(_turns(record, {}), settings)
     keys: dict[str, str] = dict(settings.keys)
+    if isinstance(record, list):
+        return chat_of_turns(_turns(record, keys), settings)
     if "prompt" in keys or "answer" in keys:
         return _question_chat(record, keys, settings)
     for name in [keys["messages"]] if "messages" in keys else (key, *CHAT_KEYS):
         if record.get(name) is not None:
             _refuse_unsupported_fields(record, "record")
             turns = _turns(record[name], keys)
-            system = _text(record, keys.get("system", "system"))
+            system = _system(record, keys)
             if system and turns and turns[0].role == "system":
                 if turns[0].text.strip() != system.strip():
                     raise DroppedError("system_field_and_system_turn")
@@ -244,16 +257,22 @@ def _without_repeated_roles(turns: Sequence[Turn], settings: ChatSettings) -> li
 
 
 def _turns(messages: Any, keys: Mapping[str, str]) -> list[Turn]:
-    """Converts a list of messages, also of texts or of pairs of texts, or its JSON text."""
+    """Converts a list of messages or its JSON text.
+
+    A message is an object or a pair of a role and a text. Other texts, and pairs of texts, are
+    alternating questions and answers.
+    """
     messages = _parsed(messages)
     if not isinstance(messages, list):
         raise BadLineError("messages_not_a_list")
     if len(messages) > 1 and all(isinstance(text, str) for text in messages):
         return [Turn("assistant" if k % 2 else "user", text) for k, text in enumerate(messages)]
-    if messages and all(map(_is_pair, messages)):
-        return [Turn(role, text) for pair in messages for role, text in _roles_of(pair)]
-    role_keys = _role_keys(keys)
-    content_keys = (keys["content"],) if "content" in keys else ("content", "value")
+    role_keys, content_keys = _role_keys(keys), _content_keys(keys)
+    if messages and all(map(_is_role_and_text, messages)):
+        messages = [{role_keys[0]: role, content_keys[0]: text} for role, text in messages]
+    elif messages and all(map(_is_pair, messages)):
+        sides = ("user", "assistant")
+        return [Turn(*turn) for pair in messages for turn in zip(sides, pair, strict=True)]
     names = {*role_keys, *content_keys}
     turns = []
     for message in messages:
@@ -284,12 +303,21 @@ def _role_keys(keys: Mapping[str, str]) -> tuple[str, ...]:
     return (keys["role"],) if "role" in keys else ("role", "from")
 
 
+def _content_keys(keys: Mapping[str, str]) -> tuple[str, ...]:
+    return (keys["content"],) if "content" in keys else ("content", "value")
+
+
+def _is_role(name: Any) -> bool:
+    role = str(name).lower()
+    return role in ROLES or role == _FUNCTION_CALL_ROLE
+
+
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(t, str) for t in value)
 
 
-def _roles_of(pair: Sequence[str]) -> list[tuple[str, str]]:
-    return [("user", pair[0]), ("assistant", pair[1])]
+def _is_role_and_text(value: Any) -> bool:
+    return _is_pair(value) and _is_role(value[0])
 
 
 def _parsed(value: Any) -> Any:
@@ -412,11 +440,14 @@ def _text(record: Mapping[str, Any], *names: str) -> str:
     return str(next(iter(different), ""))
 
 
+def _system(record: Mapping[str, Any], keys: Mapping[str, str]) -> str:
+    return _text(record, *((keys["system"],) if "system" in keys else _SYSTEM_KEYS))
+
+
 def _question_chat(
     record: Mapping[str, Any], keys: Mapping[str, str], settings: ChatSettings
 ) -> Chat:
     """Converts a record with a question and its answer, and maybe the exchanges before them."""
-    systems: tuple[str, ...] = ("system",)
     contexts: tuple[str, ...] = _CONTEXT_KEYS
     if "prompt" in keys or "answer" in keys:
         prompt, answer = _mapped_keys(record, keys)
@@ -429,17 +460,16 @@ def _question_chat(
     else:
         prompt, answer = _found_keys(record)
         contexts = tuple(name for name in contexts if name != prompt)
-        systems = ("system", "system_prompt")
     _refuse_unsupported_fields(record, "record")
     question, context = record.get(prompt), ""
     if names := ((keys["context"],) if "context" in keys else contexts):
         context = _text(record, *names)
-    system = _text(record, *((keys["system"],) if "system" in keys else systems))
+    system = _system(record, keys)
     turns = [Turn("system", system)] if system else []
     history = _parsed(record.get(keys.get("history", "history"))) or []
     if not isinstance(history, list) or not all(map(_is_pair, history)):
         raise BadLineError("history_not_pairs")
-    turns += [Turn(role, text) for pair in history for role, text in _roles_of(pair)]
+    turns += _turns(history, keys)
     if isinstance(question, list):  # the messages before the answer
         if context or history:
             raise DroppedError("context_beside_messages")

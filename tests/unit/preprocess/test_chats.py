@@ -69,6 +69,8 @@ def learnt(document: Document) -> str:
         [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
         ["Hi", "Hello"],
         [["Hi", "Hello"]],
+        [["user", "Hi"], ["assistant", "Hello"]],
+        {"messages": [["Human", "Hi"], ["gpt", "Hello"]]},
     ],
 )
 def test_usual_records(record: Any) -> None:
@@ -83,6 +85,10 @@ def test_usual_records(record: Any) -> None:
         ({"dialogue": ["Hi", "Hello"], "messages": [], "question": "?"}, "messages=dialogue"),
         (
             {"messages": [{"who": "user", "says": "Hi"}, {"who": "bot", "says": "Hello"}]},
+            "role=who content=says",
+        ),
+        (
+            [{"who": "user", "says": "Hi"}, {"who": "bot", "says": "Hello"}],
             "role=who content=says",
         ),
     ],
@@ -106,6 +112,40 @@ def test_system_context_and_history_beside_a_question() -> None:
     keys = (("prompt", "q"), ("context", "c"), ("answer", "a"), ("system", "s"), ("history", "h"))
     record = {"s": "S", "q": "Why?", "c": "It is.", "h": [["Hi", "Hello"]], "a": "So."}
     assert chat(record, keys=keys) == expected
+
+
+def test_roles_of_pairs() -> None:
+    pairs = [["user", "Hi"], ["assistant", "Hello"]]
+    expected = chat_of_exchanges(None, (("Hi", "Hello"), ("Why?", "So.")))
+    assert chat({"history": pairs, "prompt": "Why?", "completion": "So."}) == expected
+    assert chat([["system", "S"], *pairs]) == chat_of_exchanges("S", (("Hi", "Hello"),))
+    # Not every first text is a role, so they are questions and answers.
+    questions = [["user", "A person."], ["Who?", "You."]]
+    assert chat(questions) == chat_of_exchanges(None, (("user", "A person."), ("Who?", "You.")))
+    with pytest.raises(DroppedError, match="no_answer"):
+        chat([["user", "Hi"]])
+    call = ["function_call", '{"name": "add", "arguments": {}}']
+    assert chat([*pairs[:1], call]).messages[1].fields["tool_calls"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [message("user", "Hi"), message("assistant", "Hello")]},
+        {"conversations": [["Hi", "Hello"]]},
+        {"instruction": "Hi", "output": "Hello"},
+        {"prompt": "Hi", "completion": "Hello"},
+    ],
+)
+def test_the_system_prompt_has_two_names(record: dict[str, Any]) -> None:
+    expected = chat_of_exchanges("S", (("Hi", "Hello"),))
+    for name in ("system", "system_prompt"):
+        assert chat({**record, name: "S"}) == expected
+    assert chat({**record, "system": None, "system_prompt": "S"}) == expected
+    with pytest.raises(DroppedError, match="^system_and_system_prompt$"):
+        chat({**record, "system": "S", "system_prompt": "T"})
+    keys = (("system", "rule"),)
+    assert chat({**record, "rule": "S", "system_prompt": "T"}, keys=keys) == expected
 
 
 @pytest.mark.parametrize(
@@ -355,6 +395,11 @@ ARRAY = [LIST, {"prompt": "Hi", "completion": "Hello"}, ["Hi", "Hello"]]
         ("a.json", json.dumps(ARRAY, indent=1), 3),
         ("a.json", json.dumps(LIST, indent=1), 1),
         ("a.json", "[]", 0),
+        ("a.json", '[["user", "Hi"], ["assistant", "Hello"]]', 1),
+        # Ordinary records with fields that messages have as well.
+        ("a.json", json.dumps([{"role": "Alice", "prompt": "Hi", "completion": "Hello"}] * 2), 2),
+        ("a.json", json.dumps([{"from": "user", "prompt": "Hi", "completion": "Hello"}] * 2), 2),
+        ("a.json", json.dumps([{"role": "user", "messages": LIST}] * 2), 2),
     ],
 )
 def test_bare_lists_in_files(name: str, data: str, number: int, tmp_path: Path) -> None:
@@ -370,8 +415,9 @@ def test_bare_lists_in_files(name: str, data: str, number: int, tmp_path: Path) 
     assert documents == [expected] * number
 
 
-def test_an_array_in_a_jsonl_file_is_refused_as_before(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('[{"prompt": "Hi", "completion": "Hello"}]\n')
+@pytest.mark.parametrize("line", ['[{"prompt": "Hi", "completion": "Hello"}]', "[]"])
+def test_an_array_in_a_jsonl_file_is_refused_as_before(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f"{line}\n")
     (file,) = find_inputs([str(tmp_path / "a.jsonl")])
     with pytest.raises(UserError, match="begins with .* like a JSON array"):
         list(read_chunks(file, CorpusSettings("chat", ("messages",))))
