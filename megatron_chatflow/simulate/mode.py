@@ -34,7 +34,10 @@ _DYNAMIC = (
     aten.repeat_interleave.Tensor,
 )
 # These return new tensors without a kernel.
-_NO_LAUNCH = ("empty", "new_empty", "prim::device", "detach", "alias", "lift_fresh", "set_")
+_NO_LAUNCH = (
+    *("empty", "new_empty", "prim::device", "detach", "alias", "lift_fresh", "set_"),
+    "_unsafe_view",
+)
 
 
 @cache

@@ -278,16 +278,16 @@ def test_exchange_hides_behind_compute() -> None:
 
 def test_a_small_layer_waits_for_the_host() -> None:
     tiny = TransformerShape(4, 256, 688, 256, 128, 32, 512)
-    step = predict_step(tiny, StepLayout(1, seq_length=256, global_batch_size=8), H100)
+    step = predict_step(tiny, StepLayout(1, seq_length=256, global_batch_size=16), H100)
     assert step.largest_loss[0] == "kernel launches"
-    assert step.layers + step.launches == pytest.approx(4 * 8 * sum(LAYER_LAUNCHES) * 10e-6)
-    more = StepLayout(1, seq_length=256, global_batch_size=8, layer_launches=(32, 50))
+    assert step.layers + step.launches == pytest.approx(4 * 16 * sum(LAYER_LAUNCHES) * 10e-6)
+    more = StepLayout(1, seq_length=256, global_batch_size=16, layer_launches=(32, 50))
     assert predict_step(tiny, more, H100).seconds > 1.9 * step.seconds - 0.02
     # Tensor parallelism makes the layers smaller and adds launches of collectives.
-    divided = StepLayout(2, tensor=2, seq_length=256, global_batch_size=8)
+    divided = StepLayout(2, tensor=2, seq_length=256, global_batch_size=16)
     step = predict_step(tiny, divided, H100)
     work = step.layers + step.model_parallel + step.launches
-    assert work == pytest.approx(4 * 8 * (sum(LAYER_LAUNCHES) + 4 + 6) * 10e-6)
+    assert work == pytest.approx(4 * 16 * (sum(LAYER_LAUNCHES) + 4 + 6) * 10e-6)
 
 
 LAYOUTS = st.fixed_dictionaries(
