@@ -61,6 +61,7 @@ OF_ANOTHER_STEP = {
     ("blend.controllers", "--from-run"),
     ("checkpoint.remote", "--load"),
     ("checkpoint.remote", "--save"),
+    ("config.fields", "--save-remote"),
     ("convert.distributed", "--ema-decay"),
     ("generation.generate", "--prompt"),
     ("preprocess.merge", "--append-bos"),
