@@ -46,6 +46,7 @@ class CorpusSettings:
     chat_template: JinjaTemplate | None = None
     # "response" for loss on responses only, "all" for loss on every token
     loss: Literal["response", "all"] = "response"
+    all_columns: bool = False  # whether text is read with all other columns of its table
     pairs: PairSettings = field(default_factory=PairSettings)  # settings for pairs
     chats: ChatSettings = field(default_factory=ChatSettings)  # settings for chats
 
@@ -63,7 +64,7 @@ class CorpusSettings:
     def columns(self) -> tuple[str, ...] | None:
         """The columns to read from parquet and Arrow files; None for all."""
         if self.format == "text":
-            return self.json_keys
+            return None if self.all_columns else self.json_keys
         if self.format == "chat":
             return None
         score = self.pairs.score_name
@@ -134,6 +135,7 @@ class PreprocessSettings:
             del corpus["encoding"]  # as in sidecars of versions without this setting
         if self.corpus.max_record_bytes == MAX_RECORD_BYTES:
             del corpus["max_record_bytes"]
+        del corpus["all_columns"]  # the texts are the same
         del corpus["max_expansion"]  # it can only make the job fail
         if self.corpus.format == "text":
             del corpus["template"], corpus["loss"]

@@ -2,7 +2,8 @@
 
 Texts are compared as words in lower case without punctuation marks, and scripts without spaces as
 characters. A document is contaminated if it contains a run of `num_words` words of a text, or a
-whole text. Texts with fewer than `MIN_WORDS` words are not searched, because they occur anywhere.
+whole text. Texts with fewer than `MIN_WORDS` words, or `num_words` without whole texts, are not
+searched, because they occur anywhere.
 """
 
 from collections import defaultdict
@@ -34,7 +35,8 @@ class EvaluationIndex:
 
     Attributes:
         num_texts: Number of indexed texts.
-        num_short: Number of texts with fewer than `MIN_WORDS` words, which are not indexed.
+        min_words: Number of words of the shortest texts that are indexed.
+        num_short: Number of texts with fewer words, which are not indexed.
     """
 
     def __init__(self, num_words: int, match: Sequence[Match] = ("ngram", "exact")) -> None:
@@ -46,6 +48,7 @@ class EvaluationIndex:
         """
         self.num_words = num_words
         self.match = tuple(match)
+        self.min_words = MIN_WORDS if "exact" in self.match else num_words
         self.num_texts = self.num_short = 0
         # Runs of words by their first `MIN_WORDS` words, with the file and the record.
         self._runs: defaultdict[str, dict[str, tuple[str, int]]] = defaultdict(dict)
@@ -53,11 +56,11 @@ class EvaluationIndex:
     def add(self, text: str, file: str, record: int) -> None:
         """Adds a text of an evaluation file."""
         words = normalized_words_of(text)
-        if len(words) < MIN_WORDS:
+        if len(words) < self.min_words:
             self.num_short += bool(words)
             return
         self.num_texts += 1
-        runs = [words] if "exact" in self.match else []
+        runs = [words]
         if "ngram" in self.match and len(words) >= self.num_words:
             count = len(words) - self.num_words + 1
             runs = [words[k : k + self.num_words] for k in range(count)]
@@ -83,19 +86,26 @@ def read_evaluation_files(
     """Indexes every text in the records of evaluation files, also in nested lists and objects.
 
     Raises:
-        UserError: A file cannot be read, or no text is long enough.
+        UserError: A file or one of its records cannot be read, or no text is long enough.
     """
     index = EvaluationIndex(num_words, match)
-    settings = CorpusSettings(txt_documents="line")
+    settings = CorpusSettings(txt_documents="line", all_columns=True)
     for file in find_inputs(inputs):
         for chunk in read_chunks(file, settings):
-            for number, record in parse_records(chunk, settings, needs_text=False).records:
+            result = parse_records(chunk, settings, needs_text=False)
+            if result.parsed.first_bad is not None:
+                raise UserError(
+                    f"--decontaminate: {result.parsed.first_bad}: correct it, because its text "
+                    "would not be found"
+                )
+            for number, record in result.records:
                 for text in _texts_of(record):
                     index.add(text, file.name, number)
     if not index.num_texts:
         raise UserError(
-            f"--decontaminate {' '.join(inputs)}: none of {index.num_short} texts has {MIN_WORDS} "
-            "words: check the files"
+            f"--decontaminate {' '.join(inputs)}: none of {index.num_short} texts has "
+            f"{index.min_words} words: check the files, --decontaminate-match and "
+            "--decontaminate-ngram"
         )
     return index
 

@@ -50,6 +50,7 @@ FILTERS = ("gopher-quality", "gopher-repetition", "c4", "fineweb")
 COUNTS_FILE = ".cleaning.json"
 REMOVED_FILE = ".removed.json"
 _SETTINGS_FILE = "settings.json"
+_EVALUATION_FILE = "evaluation.json"  # the numbers of searched and of short texts
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ class Counts:
     bad_lines: dict[str, int]  # number of records that are not documents, by reason
     steps: list[StepCounts]
     first_bad: str | None = None  # `file:line: reason` of the first of them
+    # number of evaluation texts that were searched, and of those that are too short for it
+    num_evaluation_texts: int = 0
+    num_short_evaluation_texts: int = 0
 
     def describe(self) -> list[str]:
         """Returns the counts as lines of text."""
@@ -154,6 +158,11 @@ class Counts:
         if self.bad_lines:
             lines[0] += f"; {sum(self.bad_lines.values())} records are not documents: "
             lines[0] += _listing(self.bad_lines)
+        if self.num_evaluation_texts:
+            lines.append(
+                f"searched {self.num_evaluation_texts} evaluation texts; "
+                f"{self.num_short_evaluation_texts} are too short"
+            )
         for step in self.steps:
             parts = [f"changed {step.num_changed}"] if step.num_changed else []
             if step.dropped:
@@ -402,6 +411,8 @@ def _stages(settings: CleanSettings, files: Sequence[InputFile], work: Path) -> 
         index = read_evaluation_files(
             settings.decontaminate, settings.decontaminate_ngram, settings.decontaminate_match
         )
+        numbers = [index.num_texts, index.num_short]
+        write_atomically(work / _EVALUATION_FILE, json.dumps(numbers))
         pipeline.append(steps.Decontaminate(index, removed("decontamination")))
     output = str(work / "output")
     if settings.minhash is None:
@@ -588,7 +599,9 @@ def read_counts(work: Path) -> Counts:
             dropped = {"": counter["dropped"]} if counter["dropped"] else {}
             steps.append(StepCounts("minhash", dropped))
     first = first_bad and first_bad.removeprefix("first bad line: ")
-    return Counts(reader[1]["total"], num_written, bad, steps, first)
+    evaluation = work / _EVALUATION_FILE
+    num_texts, num_short = json.loads(evaluation.read_bytes()) if evaluation.exists() else (0, 0)
+    return Counts(reader[1]["total"], num_written, bad, steps, first, num_texts, num_short)
 
 
 def _reasons(counter: Counter[str]) -> dict[str, int]:

@@ -6,6 +6,7 @@ number of workers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -78,7 +79,7 @@ class ReadCorpus(PipelineStep):  # type: ignore[misc]
     def __init__(self, files: Sequence[InputFile], settings: CorpusSettings) -> None:
         super().__init__()
         self.files = list(files)
-        self.settings = settings
+        self.settings = replace(settings, all_columns=True)
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Documents:
         """Yields the documents of the task's file."""

@@ -172,6 +172,17 @@ def test_files_of_other_formats_and_empty_files(tmp_path: Path) -> None:
     assert read(tmp_path / "out")[2]["more"] == [1, None]
 
 
+def test_all_columns_of_a_table_are_written(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    record = {"text": ENGLISH, "url": "https://example.org", "tags": ["a", None]}
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "in" / "a.parquet")
+    run(tmp_path)
+    assert read(tmp_path / "out") == [record]
+
+
 QUESTION = "Which of the following rivers is the longest one in the whole of Asia?"
 
 
@@ -198,6 +209,40 @@ def test_decontamination_finds_runs_of_words_and_whole_texts(tmp_path: Path) -> 
     only_ngram = EvaluationIndex(13, ("ngram",))
     only_ngram.add("Why is the sky blue in the daytime?", "f", 1)
     assert only_ngram.find("Why is the sky blue in the daytime?") is None
+    assert (only_ngram.num_texts, only_ngram.num_short) == (0, 1)
+
+
+def test_evaluation_files_of_all_columns(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "eval").mkdir()
+    columns = {"question": [QUESTION], "choices": [["Why is the sky blue in the daytime?"]]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "eval" / "a.parquet")
+    other = "What did the miller who built the old bridge want to be able to reach?"
+    (tmp_path / "eval" / "b.csv").write_text(f'id,question\n1,"{other}"\n')
+    index = read_evaluation_files([str(tmp_path / "eval")], 13)
+    for text, file in (
+        (QUESTION, "a.parquet"),
+        (columns["choices"][0][0], "a.parquet"),
+        (other, "b.csv"),
+    ):
+        found = index.find(text)
+        assert found is not None and found.file == file
+    assert (index.num_texts, index.num_short) == (3, 1)
+
+
+def test_evaluation_files_that_cannot_be_searched(tmp_path: Path) -> None:
+    write(tmp_path / "in", "a.jsonl", [{"text": ENGLISH}])
+    write(tmp_path / "eval", "test.jsonl", [{"question": "Why is the sky blue in the daytime?"}])
+    options: dict[str, Any] = {"decontaminate": (str(tmp_path / "eval" / "test.jsonl"),)}
+    with pytest.raises(UserError, match="none of 1 texts has 13 words: check the files"):
+        run(tmp_path, **options, decontaminate_match=("ngram",))
+    lines = run(tmp_path, **options).describe()
+    assert "searched 1 evaluation texts; 0 are too short" in lines
+    write(tmp_path / "eval", "test.jsonl", [{"question": QUESTION}, "{"])
+    with pytest.raises(UserError, match="--decontaminate: test.jsonl:2: malformed_json"):
+        run(tmp_path, **options, overwrite=True)
 
 
 def test_decontamination_reports_what_it_removed(tmp_path: Path) -> None:
