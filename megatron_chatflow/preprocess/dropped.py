@@ -6,8 +6,9 @@ from typing import Any
 from megatron_chatflow.errors import UserError
 
 DEFAULT_MAX_SHARE = 0.5
-# Duplicates are dropped on request, and header lines are not records.
-_NOT_COUNTED = ("duplicate", "header")
+# Reasons that the user's choice of the job's data accounts for: these records do not count as
+# dropped, but they count as records.
+_REQUESTED = ("duplicate", "low_score", "no_language_")
 _HINTS = {
     "malformed_json": "rename a JSON array to .json, and tab-separated pairs to .tsv or .txt",
     "not_an_object": "each line must be a JSON object",
@@ -27,7 +28,7 @@ _HINTS = {
     "no_tab": "pairs must be two columns separated by a tab, or JSON in a .jsonl file",
     "wrong_number_of_columns": "the texts may contain tabs: convert them to jsonl",
     "empty": "check the key",
-    "malformed_csv": "quotation marks inside a quoted cell must be doubled",
+    "malformed_csv": "cells with quotation marks must be quoted, and the marks doubled",
     "score_not_a_number": "check --pair-score",
     "low_score": "see --pair-min-score",
     "length_ratio": "see --pair-max-length-ratio",
@@ -54,8 +55,9 @@ def hint_of(reason: str) -> str:
 def check_dropped_share(sidecar: Mapping[str, Any], prefix: object, max_share: float) -> None:
     """Checks that a job kept at least one document and dropped no more than the allowed share.
 
-    The counts are those of the dataset's sidecar. Duplicates count as records but not as dropped,
-    because they are dropped on request.
+    The counts are those of the dataset's sidecar. Duplicates, pairs with a low score and units
+    without one of the languages count as records but not as dropped, because they are dropped on
+    request. Header lines are not records.
 
     Raises:
         UserError: No document is left, or too many records were dropped.
@@ -70,9 +72,10 @@ def check_dropped_share(sidecar: Mapping[str, Any], prefix: object, max_share: f
         raise UserError(f"no document left: {prefix}: dropped: {counts or 'nothing'}")
     if (sidecar["settings"].get("pairs") or {}).get("direction") == "both":
         num_kept //= 2  # each record yields two documents
-    counted = {reason: n for reason, n in dropped.items() if reason not in _NOT_COUNTED}
+    requested = {reason: n for reason, n in dropped.items() if reason.startswith(_REQUESTED)}
+    counted = {reason: n for reason, n in dropped.items() if reason not in {*requested, "header"}}
     num_dropped = sum(counted.values())
-    num_records = num_dropped + num_kept + dropped.get("duplicate", 0)
+    num_records = num_dropped + num_kept + sum(requested.values())
     if num_dropped <= max_share * num_records:
         return
     reason = max(counted, key=lambda name: counted[name])

@@ -151,10 +151,10 @@ class _Parser:
         if not isinstance(row, list):
             self._take_record(row)
             return
-        layout = self.chunk.layout
-        assert layout is not None
         if not row:  # a blank line of a CSV file
             return
+        layout = self.chunk.layout
+        assert layout is not None
         if self.number == layout.header_line:
             raise DroppedError("header")
         if len(row) != layout.num_columns:

@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePath
@@ -39,7 +39,7 @@ from megatron_chatflow.preprocess.aligned import (
     aligned_name,
     aligned_rows,
 )
-from megatron_chatflow.preprocess.archives import members_of, open_member
+from megatron_chatflow.preprocess.archives import OpenArchives, members_of
 from megatron_chatflow.preprocess.arrow import (
     arrow_batches,
     check_splits,
@@ -88,6 +88,7 @@ UNREADABLE_SUFFIXES = frozenset(
     ".avro .orc .xls .xlsx .ods .tfrecord .tfrecords .h5 .hdf5 .warc .wet .wat .lmdb .xml .xlf "
     ".doc .docx .odt .epub .lzma .br .snappy .sz .z .7z .rar .tar .tgz .tbz2 .txz".split()
 )
+_CONTAINER_SUFFIXES = frozenset([*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES])
 STANDARD_INPUT_NAMES = frozenset(["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
 # Names of text files that describe a corpus and are not part of it.
 _CORPUS_METADATA = re.compile(
@@ -127,6 +128,8 @@ class InputFile:
     num_bytes: int  # size on disk in bytes; 0 if unknown
     member: str | None = None  # name of a file in the zip archive at `path`; else None
     num_content_bytes: int = 0  # size of a file in an archive in bytes; 0 for other files
+    # Sizes in bytes of the archive and of all files in it that are read; 0 for other files.
+    archive_num_bytes: tuple[int, int] = (0, 0)
     # The files of kind "aligned" that are aligned by line: both sides and, if there is one, the
     # file of their scores. Empty for other kinds.
     parts: tuple["InputFile", ...] = ()
@@ -138,29 +141,35 @@ class InputFile:
 
 
 @contextmanager
-def open_input(file: InputFile) -> Iterator[IO[bytes]]:
+def open_input(file: InputFile, archives: OpenArchives | None = None) -> Iterator[IO[bytes]]:
     """Opens a file, a member of an archive or standard input. All inputs are opened here.
+
+    The archive of a member stays open in ``archives`` for other members.
 
     Raises:
         UserError: The file cannot be opened, or its archive is damaged.
     """
     if file.path is None:
         yield sys.stdin.buffer
-        return
-    try:
-        stream: IO[bytes]
-        if isinstance(file.path, Path):
-            stream = file.path.open("rb", buffering=0)
-        else:
-            stream = file.path.open()
-    except OSError as error:
-        raise UserError(f"cannot read: {file.path}: {error.strerror}") from error
-    with stream:
-        if file.member is None:
+    elif file.member is None:
+        with _open_file(file.path) as stream:
             yield stream
-        else:
-            with open_member(stream, file.member, file.name) as member:
-                yield member
+    else:
+        path = file.path
+        with ExitStack() as stack:
+            archives = archives or stack.enter_context(closing(OpenArchives()))
+            yield stack.enter_context(
+                archives.open_member(path, lambda: _open_file(path), file.member, file.name)
+            )
+
+
+def _open_file(path: Path | RemoteFile) -> IO[bytes]:
+    try:
+        if isinstance(path, Path):
+            return path.open("rb", buffering=0)
+        return path.open()
+    except OSError as error:
+        raise UserError(f"cannot read: {path}: {error.strerror}") from error
 
 
 def find_inputs(
@@ -270,7 +279,7 @@ class _FoundFiles:
         if kind is None and ending == ARCHIVE_SUFFIX and path.is_file():
             self.files.append(path)
             return True
-        if kind is None and ending not in (*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES):
+        if kind is None and ending not in _CONTAINER_SUFFIXES:
             self.skipped[ending or "without an extension"] += 1
         elif _is_alignment(path, self.sides) and path.is_file():
             self.skipped[ending] += 1
@@ -362,7 +371,7 @@ def _expand_url(
         is_archive = kind is None and ending == ARCHIVE_SUFFIX
         if hides and any(part.startswith(".") for part in path.parts):
             selection.skipped["hidden"] += is_folder
-        elif kind is None and ending in (*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES):
+        elif kind is None and ending in _CONTAINER_SUFFIXES:
             selection.unreadable.append(path)
         elif kind is None and is_folder and not is_archive:
             selection.skipped[ending or "without an extension"] += 1
@@ -530,10 +539,10 @@ def _archive_files(archive: InputFile, sides: tuple[str, str] | None) -> list[In
     """Returns the files in a zip archive. Files that cannot be read are errors."""
     name = archive.name
     with open_input(archive) as stream:
-        members = members_of(stream, name)
+        members, num_hidden = members_of(stream, name)
     names = {info.filename for info in members}
     files: list[InputFile] = []
-    skipped: Counter[str] = Counter()
+    skipped: Counter[str] = Counter({"hidden": num_hidden} if num_hidden else {})
     for info in members:
         member = PurePath(info.filename)
         ending = member.suffix.lower()
@@ -543,8 +552,8 @@ def _archive_files(archive: InputFile, sides: tuple[str, str] | None) -> list[In
                 kind is not None
                 and _is_corpus_metadata(Path(member), lambda path: path.as_posix() in names)
             )
-            or (kind is None and ending not in (*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES))
-            or (sides is not None and ending in ALIGNMENT_SUFFIXES and ending != ".zip")
+            or (kind is None and ending not in (*_CONTAINER_SUFFIXES, ARCHIVE_SUFFIX))
+            or (sides is not None and ending in ALIGNMENT_SUFFIXES)
         ):
             skipped[ending or member.name] += 1
             continue
@@ -567,7 +576,10 @@ def _archive_files(archive: InputFile, sides: tuple[str, str] | None) -> list[In
         raise UserError(f"no input in archive: {archive.path}: none of its files can be read")
     if skipped:
         logger.warning("ignored in %s: %s", archive.path, _counts(skipped))
-    return files
+    # Several files may share their compressed bytes, so each alone says nothing about expansion.
+    num_bytes = archive.num_bytes or sum(file.num_bytes for file in files)
+    sizes = (num_bytes, sum(file.num_content_bytes for file in files))
+    return [replace(file, archive_num_bytes=sizes) for file in files]
 
 
 def _input_file(path: Path, name: str, sides: tuple[str, str] | None) -> InputFile:
@@ -609,15 +621,18 @@ class Chunk:
 class _Source:
     """A file on disk or standard input. Counts the bytes that were read."""
 
-    def __init__(self, file: InputFile, settings: CorpusSettings) -> None:
+    def __init__(
+        self, file: InputFile, settings: CorpusSettings, archives: OpenArchives | None = None
+    ) -> None:
         self.name = file.name
         self.settings = settings
         self.num_bytes_read = 0
         self._file = file
         self._num_content_bytes = 0
         self._stack = ExitStack()
-        self._stream = self._stack.enter_context(open_input(file))
-        _refuse_expansion(file.num_content_bytes, file.num_bytes, file.name, settings)
+        num_archive_bytes, num_bytes = file.archive_num_bytes
+        _refuse_expansion(num_bytes, num_archive_bytes, str(file.path), settings)
+        self._stream = self._stack.enter_context(open_input(file, archives))
 
     def read(self) -> bytes:
         block = self._stream.read(CHUNK_BYTES)
@@ -645,8 +660,10 @@ _READ_ERRORS = (
 )
 
 
-def read_chunks(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
-    """Yields a file's records in chunks of about 1 MiB.
+def read_chunks(
+    file: InputFile, settings: CorpusSettings, archives: OpenArchives | None = None
+) -> Iterator[Chunk]:
+    """Yields a file's records in chunks of about 1 MiB; see `open_input` for ``archives``.
 
     Raises:
         UserError: The file cannot be read, is damaged, or does not have the format of its kind.
@@ -655,12 +672,12 @@ def read_chunks(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
         yield from _read_table(file, settings)
         return
     if file.kind == "aligned":
-        yield from _read_aligned(file, settings)
+        yield from _read_aligned(file, settings, archives)
         return
     if file.kind in ("tsv", "tmx") and settings.tabs is None:
         lines = "tab-separated lines are" if file.kind == "tsv" else "a translation memory has"
         raise UserError(f"{lines} pairs: {file.name}: use --format pairs")
-    source = _Source(file, settings)
+    source = _Source(file, settings, archives)
     try:
         if file.kind == "tmx":
             yield from _read_tmx(source)
@@ -708,11 +725,12 @@ class CorpusReader:
     def chunks(self) -> Iterator[Chunk]:
         """Yields the chunks of every file, with `num_bytes_read` counted over all files."""
         num_bytes_before = 0
-        for number, file in enumerate(self._files):
-            for chunk in read_chunks(file, self._settings):
-                self.num_bytes[number] = max(self.num_bytes[number], chunk.num_bytes_read)
-                yield replace(chunk, num_bytes_read=num_bytes_before + chunk.num_bytes_read)
-            num_bytes_before += self.num_bytes[number]
+        with closing(OpenArchives()) as archives:
+            for number, file in enumerate(self._files):
+                for chunk in read_chunks(file, self._settings, archives):
+                    self.num_bytes[number] = max(self.num_bytes[number], chunk.num_bytes_read)
+                    yield replace(chunk, num_bytes_read=num_bytes_before + chunk.num_bytes_read)
+                num_bytes_before += self.num_bytes[number]
 
 
 def _refuse_expansion(
@@ -737,8 +755,11 @@ def _decompressed(source: _Source) -> Iterator[bytes]:
         if len(head) >= MAGIC_BYTES:  # a pipe may return fewer bytes at first
             break
     whole: Iterator[bytes] = chain([head], blocks)
+    if not is_compressed(head):
+        yield from whole
+        return
     num_bytes = 0
-    for block in decompress(whole, source.name) if is_compressed(head) else whole:
+    for block in decompress(whole, source.name):
         num_bytes += len(block)
         _refuse_expansion(num_bytes, source.num_bytes_read, source.name, source.settings)
         yield block
@@ -812,12 +833,14 @@ def _with_layout(
         yield chunk if layout is None else replace(chunk, layout=layout)
 
 
-def _read_aligned(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
+def _read_aligned(
+    file: InputFile, settings: CorpusSettings, archives: OpenArchives | None
+) -> Iterator[Chunk]:
     """Yields the lines of aligned files as rows of one cell of each file."""
     with ExitStack() as stack:
         sources = []
         for part in file.parts:
-            source = _Source(part, settings)
+            source = _Source(part, settings, archives)
             stack.callback(source.close)
             sources.append(source)
         layout = TabLayout((0, 1), len(sources), score=2 if len(sources) > 2 else None)
@@ -882,8 +905,8 @@ def _read_csv(blocks: Iterator[bytes], source: _Source) -> Iterator[Chunk]:
                 number, names = sample[0]
                 _check_columns(names, source.name, settings)
                 layout = TabLayout((0, 0), len(names), number, names=tuple(names))
-        if layout is not None:
-            yield replace(source.chunk(first_row, "rows", rows), layout=layout)
+        # Before the layout is known, there are only blank lines and placeholders.
+        yield replace(source.chunk(first_row, "rows", rows), layout=layout)
         first_row += len(rows)
 
 

@@ -112,12 +112,16 @@ def column_layout(
     wanted = None if options.columns is None else tuple(map(_parse_column, options.columns))
     names_title = wanted is not None and any(isinstance(column, str) for column in wanted)
     words = _HEADER_WORDS.union({(options.score or "score").lower()}, *options.names)
-    has_header = names_title or (len(titles) > 1 and all(title in words for title in titles))
+    score_column = None if options.score is None else _parse_column(options.score)
+    has_header = (
+        names_title
+        or isinstance(score_column, str)  # it must be among the titles
+        or (len(titles) > 1 and all(title in words for title in titles))
+    )
     header_line = rows[0][0] if has_header else 0
     score = None
-    if options.score is not None:
-        column = _parse_column(options.score)
-        score = _column_index(column, titles, num_columns, name, "--pair-score")
+    if score_column is not None:
+        score = _column_index(score_column, titles, num_columns, name, "--pair-score")
     titled = [[k for k, title in enumerate(titles) if title in names] for names in options.names]
     others = [k for k in range(num_columns) if k != score]
     if wanted is not None:

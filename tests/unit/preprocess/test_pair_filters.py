@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parallel_files import aligned_text
+from parallel_files import aligned_text, tmx, unit
 from preprocess_jobs import Jobs
 
 from megatron_chatflow.errors import UserError
@@ -161,6 +161,22 @@ def test_scores_of_json_lines() -> None:
     )
     assert len(result.documents["text"]) == 1
     assert result.num_dropped == {"low_score": 1, "no_key_m.score": 1, "score_not_a_number": 1}
+
+
+def test_pairs_below_the_score_do_not_fail_the_job(jobs: Jobs) -> None:
+    """Most mined pairs may be below the score, and most units in other languages."""
+    records = [{"en": f"bana {k}", "zh": f"kedo {k}", "score": k} for k in range(100)]
+    path = jobs.lines("a.jsonl", records)
+    corpus = CorpusSettings(format="pairs", pairs=PairSettings(min_score=95))
+    content = jobs.run(path, corpus=corpus)
+    assert (content["num_documents"], content["dropped"]) == (5, {"low_score": 95})
+    units = [unit(en="bana", fr="luno")] * 9 + [unit(en="bana", zh="kedo")]
+    (jobs.folder / "a.tmx").write_text(tmx(units))
+    content = jobs.run(str(jobs.folder / "a.tmx"), corpus=CorpusSettings(format="pairs"))
+    assert (content["num_documents"], content["dropped"]) == (1, {"no_language_zh": 9})
+    (jobs.folder / "a.tmx").write_text(tmx(units[:9]))
+    with pytest.raises(UserError, match=r"no document left: .*9 no_language_zh \(set the lang"):
+        jobs.run(str(jobs.folder / "a.tmx"), corpus=CorpusSettings(format="pairs"))
 
 
 # The second pair repeats the first side of the first pair, and the third the second side of the

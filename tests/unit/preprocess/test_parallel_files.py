@@ -1,11 +1,13 @@
 """Tests parallel text in the forms in which it is published: aligned files, TMX, tables, OPUS."""
 
 import bz2
+import copy
 import gzip
 import lzma
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from parallel_files import PAIRS, aligned_text, read_pairs, tmx, unit, write_opus_archive
@@ -184,13 +186,39 @@ def test_archives_of_opus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert read_pairs(tmp_path / "unpacked", min_score=0.5)[0] == PAIRS[30:]
 
 
-def test_archives_with_other_files(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as archive:
+def test_archives_with_other_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("d/b.tsv", "".join(f"{a}\t{b}\n" for a, b in PAIRS[:30]))
         archive.writestr("d/c.jsonl.gz", gzip.compress(b'{"en": "bana", "zh": "x"}\n'))
         archive.writestr("__MACOSX/d/._b.tsv", "junk")
         archive.writestr(".hidden.tsv", "junk")
     assert read_pairs(tmp_path / "a.zip") == ([*PAIRS[:30], ("bana", "x")], {})
+    assert caplog.messages == [f"ignored in {tmp_path / 'a.zip'}: 2 hidden"]
+
+
+def test_an_archive_is_opened_once_for_all_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.zip", "b.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            for k in range(0, 60, 10):
+                archive.writestr(f"{k}.tsv", "".join(f"{a}\t{b}\n" for a, b in PAIRS[k : k + 10]))
+                archive.writestr(f"{k}.en", aligned_text(PAIRS[k : k + 10], 0))
+                archive.writestr(f"{k}.zh", aligned_text(PAIRS[k : k + 10], 1))
+    opened: list[tuple[Path, IO[bytes]]] = []
+    open_file = readers._open_file
+
+    def record(path: Path) -> IO[bytes]:
+        opened.append((path, open_file(path)))
+        return opened[-1][1]
+
+    monkeypatch.setattr(readers, "_open_file", record)
+    found, _ = read_pairs(tmp_path)
+    assert sorted(found) == sorted(PAIRS * 4)
+    names = [path.name for path, _ in opened]
+    # Once for the list of files, and a stream for each side.
+    assert names == ["a.zip", "b.zip", "a.zip", "a.zip", "b.zip", "b.zip"]
+    assert all(stream.closed for _, stream in opened)
 
 
 def damaged_archive(path: Path) -> None:
@@ -211,6 +239,32 @@ def expanding_archive(path: Path) -> None:
         archive.writestr("a.tsv", b"\n" * (1 << 20))
 
 
+def overlapping_archive(path: Path) -> None:
+    """Writes an archive whose files share their compressed bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.tsv", b"a\tb\n" * 5000)
+        for k in range(1, 30):
+            info = copy.copy(archive.filelist[0])
+            info.filename = f"{k}.tsv"
+            archive.filelist.append(info)
+
+
+def lzma_in_archive(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.tsv", b"a\tb\n")
+
+
+def bzip2_in_archive(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a.tsv", b"a\tb\n")
+
+
+def archive_in_archive(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.tsv", b"a\tb\n")
+        archive.writestr("b.zip", b"PK")
+
+
 def table_in_archive(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.parquet", b"PAR1")
@@ -226,7 +280,11 @@ def documentation_only(path: Path) -> None:
     [
         (damaged_archive, r"cannot read: a.zip/Made-up.en-zh.zh"),
         (truncated_archive, r"cannot read: a.zip: not a complete zip archive .*download it again"),
-        (expanding_archive, r"a.zip/a.tsv: .* expand to more than .*--max-expansion"),
+        (expanding_archive, r"a.zip: .* expand to more than .*--max-expansion"),
+        (overlapping_archive, r"a.zip: .* expand to more than .*--max-expansion"),
+        (lzma_in_archive, r"a.zip: a.tsv is not compressed by deflate: unpack the archive"),
+        (bzip2_in_archive, r"a.zip: a.tsv is not compressed by deflate: unpack the archive"),
+        (archive_in_archive, r"a.zip: b.zip in it: unpack the archive"),
         (table_in_archive, r"a.zip: a.parquet in it: unpack the archive"),
         (documentation_only, r"no input in archive: .*a.zip"),
     ],
@@ -394,6 +452,20 @@ def test_lines_with_bars(
             {"malformed_csv": 1, "wrong_number_of_columns": 1},
         ),
         (f"a,{'x' * 900}\nc,d\n", {}, [("c", "d")], {"record_too_large": 1}),
+        (f'a,"{"x" * 900}"\nc,d\n', {}, [("c", "d")], {"record_too_large": 1}),
+        (f"a,{chr(0x6587) * 270}\nc,d\n", {}, [("c", "d")], {"record_too_large": 1}),
+        (f'"{"x" * 500}\n","{"y" * 500}"\nc,d\n', {}, [("c", "d")], {"record_too_large": 1}),
+        ('a 5" pipe,x\n"5"" pipe",y\nz, "b"\n', {}, [('5" pipe', "y")], {"malformed_csv": 2}),
+        ('x,"y\n\n""z"""\n', {}, [("x", 'y\n\n"z"')], {}),
+        ("\n\na;b, c\nd;e\n", {}, [("a", "b, c"), ("d", "e")], {}),
+        ('"a;b;c",x\n"d;e",y\n', {}, [("a;b;c", "x"), ("d;e", "y")], {}),
+        ("a, b, c\td\ne\tf\n", {}, [("a, b, c", "d"), ("e", "f")], {}),
+        (
+            "english_text,chinese_text,score\na,b,0.9\n",
+            {"min_score": 0.5},
+            [("a", "b")],
+            {"header": 1},
+        ),
         ("\ufeffen,zh\na,b", {}, [("a", "b")], {"header": 1}),
         ("", {}, [], {}),
     ],
@@ -416,12 +488,25 @@ def test_csv(
     [
         ("a,b,c\n", r"ambiguous pair columns: a.csv:1: has 3 columns \(a, b, c\)"),
         ('a,b\nc,"d\ne,f\n', r"malformed CSV: a.csv:2: a quotation mark is not closed"),
+        (
+            'a,"b\n' + "c,d\n" * 300 + 'e,"f"\n',
+            r"malformed CSV: a.csv:1: a quoted cell is longer than --max-record-bytes \(800\)",
+        ),
+        (
+            f'a,b\n"{"x" * 900}\ny",c\n',
+            r"malformed CSV: a.csv:2: a quoted cell is longer than --max-record-bytes",
+        ),
+        (
+            'a,b\n"He said "hi" there\nand left.","x"\n',
+            r"malformed CSV: a.csv:2: a quotation mark in a quoted cell is not doubled",
+        ),
+        ('"a\nb "c" d",e\n', r"malformed CSV: a.csv:1: .* not doubled"),
     ],
 )
 def test_csv_that_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_pairs(tmp_path / "a.csv")
+        read_pairs(tmp_path / "a.csv", max_record_bytes=800)
 
 
 @pytest.mark.parametrize("kind", ["struct", "map", "flat"])

@@ -201,7 +201,7 @@ GOOD, DROPPED = {"en": "bana", "zh": "kedo"}, {"en": "bana", "zh": ""}
 
 @pytest.mark.parametrize("direction", ["hash", "both"])
 def test_most_records_dropped(jobs: Jobs, direction: PairDirection) -> None:
-    """Every reason except duplication counts. Documents of one record count once."""
+    """Reasons that no one asked for count. Documents of one record count once."""
     records = [GOOD] * 30 + [DROPPED] * 27 + [{"en": "x", "zh": "x"}, b"{", b"{", b"{"]
     path = jobs.lines("a.jsonl", records)
     corpus = CorpusSettings(format="pairs", pairs=PairSettings(direction=direction))
