@@ -91,6 +91,8 @@ class _Parser:
             except BadLineError as error:
                 self.num_dropped[error.reason] += 1
                 self.result.num_bad += 1
+                num_before = self.result.bad_lines.get(error.reason, 0)
+                self.result.bad_lines[error.reason] = num_before + 1
                 if self.result.first_bad is None:
                     self.result.first_bad = f"{self.chunk.name}:{number}: {error.detail}"
             except DroppedError as error:

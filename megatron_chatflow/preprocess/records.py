@@ -1,4 +1,4 @@
-"""Values in records, and placeholders for records that a reader cannot pass on.
+"""Values at paths in records, and placeholders for records that a reader cannot pass on.
 
 A placeholder keeps the place of a record, so that the numbers of later records are right, and the
 parser counts it by its reason. The readers and parsers of all formats share this module.
@@ -49,3 +49,16 @@ def value_at(record: Mapping[str, Any], key: str) -> Any:
             raise BadLineError(f"no_key_{key}", f"no_key_{key} (has {keys:.200})")
         value = value[name]
     return value
+
+
+def with_value_at(record: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Returns a copy of a record with another value at the place where `value_at` finds one."""
+    new = dict(record)
+    inner, last = new, key
+    if key not in record:
+        *names, last = key.split(".")
+        for name in names:
+            inner[name] = dict(inner[name])
+            inner = inner[name]
+    inner[last] = value
+    return new

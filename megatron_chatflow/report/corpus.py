@@ -111,7 +111,7 @@ def measure_corpus(
         seen = SeenHashes(folder)
         for chunk in CorpusReader(find_inputs(inputs), settings).chunks():
             parsed = parse_chunk(chunk, settings)
-            statistics.bad_lines.update(parsed.num_dropped)
+            statistics.bad_lines.update(parsed.bad_lines)
             texts = [text for text in parsed.documents[settings.json_keys[0]] if str(text).strip()]
             if not texts:
                 continue

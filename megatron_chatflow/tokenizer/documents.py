@@ -73,4 +73,6 @@ class ParsedChunk:
     # number of documents that were repaired and kept, by kind of repair
     num_repaired: dict[str, int] = field(default_factory=dict)
     num_bad: int = 0  # number of bad lines
+    # number of bad lines by reason; other dropped lines, such as headers, are not records
+    bad_lines: dict[str, int] = field(default_factory=dict)
     first_bad: str | None = None  # `file:line: reason` of the first bad line, or None

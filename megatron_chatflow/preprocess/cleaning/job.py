@@ -511,9 +511,8 @@ class PublishStep:
         publish(self.settings, work)
         for name in ("filtered", "signatures", "buckets", "clusters"):
             shutil.rmtree(work / name, ignore_errors=True)
-        (work / _SETTINGS_FILE).unlink(
-            missing_ok=True
-        )  # only logs are left, with which no job can continue
+        # Only logs are left, with which no job can continue.
+        (work / _SETTINGS_FILE).unlink(missing_ok=True)
 
 
 def publish(settings: CleanSettings, work: Path) -> Counts:

@@ -38,6 +38,7 @@ from megatron_chatflow.preprocess.cleaning.texts import (
 from megatron_chatflow.preprocess.pair_filters import is_mostly
 from megatron_chatflow.preprocess.parse import parse_records
 from megatron_chatflow.preprocess.readers import InputFile, read_chunks
+from megatron_chatflow.preprocess.records import value_at, with_value_at
 from megatron_chatflow.preprocess.settings import CorpusSettings
 
 Documents = Iterator[Document]
@@ -85,12 +86,14 @@ class ReadCorpus(PipelineStep):  # type: ignore[misc]
         """Yields the documents of the task's file."""
         file = self.files[rank]
         (key,) = self.settings.json_keys
+        first_bad: str | None = None
         for chunk in read_chunks(file, self.settings):
             result = parse_records(chunk, self.settings)
-            for reason, count in result.parsed.num_dropped.items():
+            for reason, count in result.parsed.bad_lines.items():
                 self.stat_update(f"{BAD_LINE}: {reason}", value=count)
-            if result.parsed.first_bad is not None:
-                self.stat_update(f"first {BAD_LINE}: {result.parsed.first_bad}")
+            if first_bad is None and result.parsed.first_bad is not None:
+                first_bad = result.parsed.first_bad
+                self.stat_update(f"first {BAD_LINE}: {first_bad}")
             texts = result.parsed.documents[key]
             for (number, record), text in zip(result.records, texts, strict=True):
                 self.stat_update("total")
@@ -116,11 +119,12 @@ class ReadStage(PipelineStep):  # type: ignore[misc]
         with zstandard.open(path, "rt", encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines):
                 record = orjson.loads(line)
-                yield Document(record[self.key], str(number), metadata={"record": record})
+                text = value_at(record, self.key)
+                yield Document(text, str(number), metadata={"record": record})
 
 
 class WriteRecords(JsonlWriter):  # type: ignore[misc]
-    """Writes the records of documents as JSON lines, with the new text under the same key."""
+    """Writes the records of documents as JSON lines, with the new text in place of the old one."""
 
     def __init__(self, folder: str, key: str, name: str = FILE_NAME, *, why: bool = False) -> None:
         self.key = key
@@ -133,7 +137,9 @@ class WriteRecords(JsonlWriter):  # type: ignore[misc]
 
 
 def _record_of(writer: WriteRecords, document: Document) -> dict[str, Any]:
-    record = {**document.metadata["record"], writer.key: document.text}
+    if "record" not in document.metadata:  # of a removed part of a document
+        return {"where": document.id, **document.metadata}
+    record = with_value_at(document.metadata["record"], writer.key, document.text)
     if writer.why:
         facts = {name: v for name, v in document.metadata.items() if name != "record"}
         return {"where": document.id, **facts, "record": record}

@@ -172,6 +172,29 @@ def test_files_of_other_formats_and_empty_files(tmp_path: Path) -> None:
     assert read(tmp_path / "out")[2]["more"] == [1, None]
 
 
+def test_headers_are_not_bad_lines(tmp_path: Path) -> None:
+    from megatron_chatflow.preprocess.settings import CorpusSettings
+    from megatron_chatflow.report.corpus import measure_corpus
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_text(f'text,n\n"{ENGLISH}",1\n')
+    assert run(tmp_path, max_bad_lines=0).bad_lines == {}
+    assert measure_corpus([str(tmp_path / "in")], CorpusSettings()).bad_lines == {}
+
+
+def test_only_the_first_bad_line_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_chatflow.preprocess import readers
+    from megatron_chatflow.preprocess.cleaning import job
+
+    write(tmp_path / "in", "a.jsonl", [{"text": ENGLISH}, *["{"] * 9, {"text": SPANISH}])
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 4)
+    monkeypatch.setattr(job.shutil, "rmtree", lambda *_, **__: None)
+    counts = run(tmp_path)
+    assert counts.bad_lines == {"malformed_json": 9} and counts.first_bad is not None
+    (path,) = (tmp_path / "out.partial" / "logs" / "filter" / "stats").glob("*.json")
+    assert path.read_text().count("first bad line") == 1
+
+
 def test_all_columns_of_a_table_are_written(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -541,6 +564,6 @@ def test_a_text_inside_an_object(tmp_path: Path) -> None:
     corpus = CorpusSettings(json_keys=("doc.text",))
     run(tmp_path, corpus=corpus, max_repeated_punctuation=1, minhash=MinHashSettings())
     (record,) = read(tmp_path / "out")
-    assert record["doc.text"] == f"{ENGLISH}!" and record["url"] == "a"
+    assert record == {"doc": {"text": f"{ENGLISH}!"}, "url": "a"}
     again = CleanSettings((str(tmp_path / "out"),), str(tmp_path / "again"), corpus=corpus)
     assert clean(again) is not None and read(tmp_path / "again") == [record]
