@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,12 +85,23 @@ _NO_CREDENTIALS = (
 )
 _DENIED = (401, 403, 407)
 _GONE = (404, 410)
+_BUSY = (408, 425, 429)
+# Their errors of connections are not all of `OSError`.
+_NETWORK_PACKAGES = (
+    "aiohttp aiobotocore botocore urllib3 requests httpx httpcore google gcsfs fsspec asyncio"
+).split()
+_BULK = ("s3", "s3a", "gs", "gcs")  # stores that remove many objects in one request
+_BULK_FILES = 1000  # the most that S3 takes
 
 _Result = TypeVar("_Result")
 
 
 class RemoteError(LocalError):
     """A remote file could not be read or written. Other processes may not have the problem."""
+
+
+class CancelledError(UserError):
+    """A request was given up because its caller set ``cancel``."""
 
 
 class _ChangedError(RemoteError):
@@ -268,14 +280,32 @@ def _status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _attempt(url: str, what: str, request: Callable[[], _Result]) -> _Result:
+def _may_pass(error: Exception) -> bool:
+    """Returns whether the same request may succeed later: the network or the server failed."""
+    status = _status(error)
+    if status is not None:
+        return status in _BUSY or status >= 500
+    packages = {one.__module__.partition(".")[0] for one in type(error).__mro__}
+    return isinstance(error, OSError) or not packages.isdisjoint(_NETWORK_PACKAGES)
+
+
+def _attempt(
+    url: str,
+    what: str,
+    request: Callable[[], _Result],
+    cancel: threading.Event | None = None,
+) -> _Result:
     """Sends a request until it succeeds, at most `NUM_ATTEMPTS` times.
 
     Raises:
         FileNotFoundError: There is no such file.
-        RemoteError: Access is denied, or every attempt failed.
+        RemoteError: Access is denied, repeating does not help, or every attempt failed.
+        CancelledError: ``cancel`` is set.
     """
+    cancel = threading.Event() if cancel is None else cancel
     for number in range(1, NUM_ATTEMPTS + 1):
+        if cancel.is_set():
+            raise CancelledError(f"given up: cannot {what}: {mask(url)}")
         try:
             return request()
         except (UserError, FileNotFoundError):
@@ -290,16 +320,16 @@ def _attempt(url: str, what: str, request: Callable[[], _Result]) -> _Result:
                     f"cannot {what}: {mask(url)}: {_reason(error)}: check the credentials, which "
                     "are read from the environment and the store's own configuration files"
                 ) from error
-            if number == NUM_ATTEMPTS:
+            if number == NUM_ATTEMPTS or not _may_pass(error):
+                times = "1 attempt" if number == 1 else f"{number} attempts"
                 raise RemoteError(
-                    f"cannot {what}: {mask(url)}: {_reason(error)} ({number} "
-                    "attempts): check the network and "
-                    "the address, and run the same command again"
+                    f"cannot {what}: {mask(url)}: {_reason(error)} ({times}): check the network "
+                    "and the address, and run the same command again"
                 ) from error
             logger.info(
                 "cannot %s: %s: %s; attempt %d follows", what, mask(url), _reason(error), number + 1
             )
-            time.sleep(FIRST_PAUSE_SECONDS * 2 ** (number - 1))
+            cancel.wait(FIRST_PAUSE_SECONDS * 2 ** (number - 1))
     raise AssertionError("unreachable")
 
 
@@ -316,8 +346,10 @@ def _remote_file(url: str, entry: dict[str, Any]) -> RemoteFile:
     )
 
 
-def stat(url: str) -> RemoteFile | None:
+def stat(url: str, cancel: threading.Event | None = None) -> RemoteFile | None:
     """Returns the file with this URL; None if there is none, or if it is a folder.
+
+    Setting ``cancel``, here and in the functions below, gives the request up between two attempts.
 
     Raises:
         RemoteError: The store cannot be reached or denies access.
@@ -329,16 +361,17 @@ def stat(url: str) -> RemoteFile | None:
         return fs.info(path)
 
     try:
-        entry = _attempt(url, "read", request)
+        entry = _attempt(url, "read", request, cancel)
     except FileNotFoundError:
         return None
     return _remote_file(url, entry) if entry["type"] == "file" else None
 
 
-def find(url: str) -> list[RemoteFile]:
+def find(url: str, cancel: threading.Event | None = None) -> list[RemoteFile]:
     """Returns the files of a glob, or the file or all files below a folder, sorted by URL.
 
     Raises:
+        UserError: A name cannot be that of a local file, such as ``a/../b``.
         RemoteError: The store cannot be reached or denies access.
     """
     if url.startswith(tuple(f"{scheme}://" for scheme in _WEB)):
@@ -358,15 +391,26 @@ def find(url: str) -> list[RemoteFile]:
         return found
 
     try:
-        entries = _attempt(url, "list", request)
+        entries = _attempt(url, "list", request, cancel)
     except FileNotFoundError:
         return []
     scheme = url.partition("://")[0]
-    return [
-        _remote_file(f"{scheme}://{name}", entry)
-        for name, entry in sorted(entries.items())
-        if entry["type"] == "file" and not name.endswith("/")  # consoles create empty folders
-    ]
+    found = []
+    for name, entry in sorted(entries.items()):
+        if entry["type"] == "file" and not name.endswith("/"):  # consoles create empty folders
+            _check_names(f"{scheme}://{name}")
+            found.append(_remote_file(f"{scheme}://{name}", entry))
+    return found
+
+
+def _check_names(url: str) -> None:
+    """Raises `UserError` if a URL, whose copy is named like it, could leave its folder."""
+    names = url.partition("://")[2].split("/")
+    if "\0" in url or any(name in ("", ".", "..") for name in names):
+        raise UserError(
+            f"{mask(url)!r}: is not a file name within the folder; rename it or remove it from the "
+            "store"
+        )
 
 
 def has_magic(url: str) -> bool:
@@ -374,22 +418,35 @@ def has_magic(url: str) -> bool:
     return not url.startswith(tuple(_WEB)) and any(character in url for character in "*?[")
 
 
-def read_bytes(url: str, limit: int = 16 << 20) -> bytes | None:
+def read_bytes(
+    url: str, limit: int = 16 << 20, cancel: threading.Event | None = None
+) -> bytes | None:
     """Returns the content of a small file; None if there is none.
 
     Raises:
         RemoteError: The file is larger than ``limit`` bytes, or cannot be read.
     """
-    file = stat(url)
+    file = stat(url, cancel)
     if file is None:
         return None
     if file.num_bytes is not None and file.num_bytes > limit:
         raise RemoteError(f"cannot read: {mask(url)}: {file.num_bytes} bytes are too many")
-    with file.open() as stream:
-        return stream.read()
+    fs, path = _filesystem(url)
+
+    def request() -> bytes:
+        fs.invalidate_cache()
+        size, data = fs.info(path).get("size"), fs.cat_file(path)
+        if size not in (None, len(data)):
+            raise OSError(f"the server sent {len(data)} bytes instead of {size}")
+        return bytes(data)
+
+    try:
+        return _attempt(url, "read", request, cancel)
+    except FileNotFoundError:
+        return None
 
 
-def write_bytes(url: str, content: bytes) -> None:
+def write_bytes(url: str, content: bytes, cancel: threading.Event | None = None) -> None:
     """Writes a small file. Readers see either the old or the new content.
 
     Raises:
@@ -398,28 +455,43 @@ def write_bytes(url: str, content: bytes) -> None:
     refuse_web(url)
     fs, path = _filesystem(url)
     try:
-        _attempt(url, "write", lambda: fs.pipe_file(path, content))
+        _attempt(url, "write", lambda: fs.pipe_file(path, content), cancel)
     except FileNotFoundError as error:
         raise _no_bucket(url) from error
 
 
-def remove(urls: Sequence[str]) -> None:
-    """Removes files in the given order; missing ones are ignored.
+def remove(urls: Sequence[str], cancel: threading.Event | None = None) -> None:
+    """Removes files of one bucket, in any order, many in a request; missing ones are ignored.
 
     Raises:
         RemoteError: A file cannot be removed.
     """
+    paths = []
     for url in urls:
         fs, path = _filesystem(url)
+        # fsspec would take such names for globs and remove what they match.
+        if len(urls) > 1 and url.startswith(tuple(f"{one}://" for one in _BULK)):
+            if not has_magic(url):
+                paths.append(path)
+                continue
         with suppress(FileNotFoundError):
-            _attempt(url, "remove", lambda fs=fs, path=path: fs.rm_file(path))  # type: ignore[misc]
+            _attempt(url, "remove", lambda fs=fs, path=path: fs.rm_file(path), cancel)  # type: ignore[misc]
+    for begin in range(0, len(paths), _BULK_FILES):
+        part = paths[begin : begin + _BULK_FILES]
+        with suppress(FileNotFoundError):
+            _attempt(urls[0], "remove", lambda part=part: fs.rm(part), cancel)  # type: ignore[misc]
 
 
 def _no_bucket(url: str) -> RemoteError:
     return RemoteError(f"cannot write: {mask(url)}: the bucket does not exist; create it first")
 
 
-def upload(source: Path, url: str, on_bytes: Callable[[int], None] | None = None) -> None:
+def upload(
+    source: Path,
+    url: str,
+    on_bytes: Callable[[int], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> None:
     """Writes a local file to a store. It appears under its name only when it is complete.
 
     A file that is sent in parts repeats a part that failed; other failures repeat the file.
@@ -429,6 +501,7 @@ def upload(source: Path, url: str, on_bytes: Callable[[int], None] | None = None
         url: Where to write it.
         on_bytes: Called with the number of bytes that were sent. A `UserError` that it raises ends
             the upload.
+        cancel: Gives the upload up between two attempts when it is set.
 
     Raises:
         RemoteError: The file cannot be written.
@@ -454,7 +527,7 @@ def upload(source: Path, url: str, on_bytes: Callable[[int], None] | None = None
             raise OSError(f"the store has {found} bytes instead of {num_bytes}")
 
     try:
-        _attempt(url, "write", request)
+        _attempt(url, "write", request, cancel)
     except FileNotFoundError as error:
         raise _no_bucket(url) from error
 

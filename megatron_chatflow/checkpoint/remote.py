@@ -8,16 +8,21 @@ The store has the layout of the local folder. A checkpoint there is complete onc
 ``hashes.json``, which is written after all other files; ``latest_checkpointed_iteration.txt``
 follows. Until then ``upload.json``, with the same content, says which checkpoint the files belong
 to, so that an interrupted upload continues with the files that are missing, and files of another
-checkpoint of the same iteration are not taken for its own.
+checkpoint of the same iteration are not taken for its own. While a checkpoint is removed,
+``upload.json`` says so.
+
+The store's ``latest_checkpointed_iteration.txt`` names the newest complete checkpoint that is not
+newer than the local latest one.
 """
 
+import json
 import logging
 import os
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,7 +49,7 @@ from megatron_chatflow.files import (
     sync_tree,
     write_atomically,
 )
-from megatron_chatflow.remote import RemoteError, RemoteFile
+from megatron_chatflow.remote import CancelledError, RemoteError, RemoteFile
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +57,14 @@ UPLOAD_MARK = "upload.json"
 RUN_ID = "run_id.txt"
 RUN_FILES = ("config.yaml", "metrics.jsonl", "restarts.jsonl")
 """Small files of a run's folder that accompany its newest checkpoint."""
+_NUM_REMOVED = 1000  # files that are removed by one request
 _NUM_FILES = 4  # files that are sent or received at the same time
 _PAUSE_SECONDS = 0.1
-
-
-class _CancelledError(UserError):
-    """The run ends, so an upload is given up. Like any `UserError`, it ends a request for good."""
+_CLOSE_SECONDS = 30.0  # how long the end of a run waits for a request that is in flight
+_FETCHED = ".fetched_"  # names a file that exists from before a copy until it is the latest
+_REMOVING = b"removing\n"  # content of `UPLOAD_MARK`
+_MOST_BYTES = 1 << 32  # of one of `RUN_FILES`
+_MOST_REMOTE_ERRORS = 2  # checkpoints that fail before the store counts as out of reach
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class CheckpointUploader:
 
     The newest checkpoint goes first, then older ones that the store does not have yet, for example
     because an upload failed. A failed upload is tried again when the next checkpoint is published.
-    The retention rule of the local folder holds on the store as well.
+    The retention rule of the local folder holds on the store as well. Nothing is written or removed
+    before the store's folder is known to belong to this run.
 
     Args:
         root: The run's folder.
@@ -103,8 +111,10 @@ class CheckpointUploader:
         self._condition = threading.Condition()
         self._is_requested = False
         self._is_working = False
-        self._is_cancelled = False
+        self._cancel = threading.Event()
+        self._is_claimed = False  # whether the folder on the store is known to be this run's
         self._num_sent = 0
+        self._num_requests = 0  # that wrote or removed something
         self._current: int | None = None
         self._newest: int | None = None
         self._complete: dict[int, bytes] = {}  # manifests of the checkpoints that the store has
@@ -133,82 +143,106 @@ class CheckpointUploader:
         return results
 
     def finish(self, on_progress: Callable[[], None]) -> str | None:
-        """Waits until nothing is left to upload or an upload has failed.
+        """Waits until nothing is left to upload or the upload of the newest checkpoint has failed.
 
         Uploads what an earlier run of the same folder left, too. ``on_progress`` is called while
-        bytes are sent.
+        requests succeed.
 
         Returns:
-            What failed; None if the store has every checkpoint.
+            Why the newest checkpoint is not on the store; None if it is.
         """
         latest = latest_iteration(self._root)
         if latest is not None:
             self.submit(latest)
-        seen = -1
+        seen = (-1, -1)
         is_announced = False
         while True:
             with self._condition:
                 if not (self._is_requested or self._is_working):
                     return self._last_error
+                if not self._thread.is_alive():
+                    return self._last_error or "the upload was given up"
                 self._condition.wait(_PAUSE_SECONDS)
-                num_sent, current = self._num_sent, self._current
-            if num_sent != seen:
+                now, current = (self._num_sent, self._num_requests), self._current
+            if now != seen:
                 on_progress()
             if current is not None and not is_announced:
                 logger.info("waiting for iteration %d to be uploaded to %s", current, self._url)
                 is_announced = True
-            seen = num_sent
+            seen = now
 
     def close(self) -> None:
-        """Gives up an upload in progress and ends the thread."""
+        """Gives up an upload in progress and ends the thread.
+
+        A request in flight cannot be given up. It is waited for `_CLOSE_SECONDS` at most.
+        """
         with self._condition:
-            self._is_cancelled = True
+            self._cancel.set()
             self._condition.notify_all()
-        self._thread.join()
+        self._thread.join(_CLOSE_SECONDS)
+        if self._thread.is_alive():
+            logger.warning("a request to %s did not end in %.0f s", self._url, _CLOSE_SECONDS)
 
     def _run(self) -> None:
         lower_thread_priority()
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._is_requested or self._is_cancelled)
-                if self._is_cancelled:
+                self._condition.wait_for(lambda: self._is_requested or self._cancel.is_set())
+                if self._cancel.is_set():
                     return
                 self._is_requested, self._is_working = False, True
+                self._last_error = None
             try:
                 self._upload_missing()
-            except _CancelledError:
+            except CancelledError:
                 return
+            except BaseException as error:
+                self._fail(self._current or self._newest or 0, error)
             finally:
                 with self._condition:
                     self._is_working, self._current = False, None
                     self._condition.notify_all()
 
+    def _fail(self, iteration: int, error: BaseException, seconds: float = 0.0) -> None:
+        """Records and logs a failed upload."""
+        reason = _one_line(error)
+        with self._condition:
+            self._results.append(UploadResult(iteration, reason, 0, seconds))
+            if iteration >= (self._newest or 0):
+                self._last_error = reason
+        logger.error(
+            "uploading iteration %d failed: %s; the checkpoint is intact in %s, training "
+            "continues, and the upload is tried again with the next save",
+            iteration,
+            reason,
+            self._root,
+        )
+
     def _upload_missing(self) -> None:
-        self._last_error = None
-        while (iteration := self._next()) is not None:
+        if not self._is_claimed:
+            _claim_store(self._root, self._url, self._cancel)
+            self._is_claimed = True
+        failed: set[int] = set()
+        num_remote_errors = 0
+        while (iteration := self._next(failed)) is not None:
             begin, num_before = time.monotonic(), self._num_sent
             with self._condition:
                 self._current = iteration
-            error = None
             try:
                 self._upload(iteration)
-            except _CancelledError:
+            except CancelledError:
                 raise
-            except Exception as caught:
-                error = _one_line(caught)
+            except Exception as error:
+                # An older checkpoint may be damaged, or removed meanwhile; others are not.
+                failed.add(iteration)
+                self._fail(iteration, error, time.monotonic() - begin)
+                num_remote_errors += isinstance(error, RemoteError)
+                if num_remote_errors == _MOST_REMOTE_ERRORS:
+                    break
+                continue
             seconds, num_bytes = time.monotonic() - begin, self._num_sent - num_before
             with self._condition:
-                self._results.append(UploadResult(iteration, error, num_bytes, seconds))
-            if error is not None:
-                self._last_error = error
-                logger.error(
-                    "uploading iteration %d failed: %s; the checkpoint is intact in %s, training "
-                    "continues, and the upload is tried again with the next save",
-                    iteration,
-                    error,
-                    self._root,
-                )
-                return
+                self._results.append(UploadResult(iteration, None, num_bytes, seconds))
             logger.info(
                 "uploaded iteration %d to %s: %.2f GB in %.1f s",
                 iteration,
@@ -218,10 +252,14 @@ class CheckpointUploader:
             )
         try:
             self._prune()
+        except CancelledError:
+            raise
         except Exception as caught:
-            logger.warning("could not remove old checkpoints in %s: %s", self._url, caught)
+            logger.warning(
+                "could not remove old checkpoints in %s: %s", self._url, _one_line(caught)
+            )
 
-    def _next(self) -> int | None:
+    def _next(self, failed: Collection[int]) -> int | None:
         """Returns the newest checkpoint that the store should have and does not."""
         latest = latest_iteration(self._root)
         if latest is None:
@@ -229,7 +267,7 @@ class CheckpointUploader:
         # Those after the latest are of a part of the run that was discarded by going back.
         found = [one for one in find_iterations(self._root) if one <= latest]
         wanted = retained(found, latest, retain=self._retain, keep_every=self._keep_every)
-        for iteration in sorted(wanted, reverse=True):
+        for iteration in sorted(wanted - set(failed), reverse=True):
             manifest = _manifest(self._root, iteration)
             if manifest is not None and self._complete.get(iteration) != manifest:
                 return iteration
@@ -239,56 +277,160 @@ class CheckpointUploader:
         folder = iteration_folder(self._root, iteration)
         base = f"{self._url}/{folder.name}"
         manifest = (folder / MANIFEST).read_bytes()
-        if remote.read_bytes(f"{base}/{MANIFEST}") != manifest:
-            names = _remaining(base, read_manifest(folder).files, manifest)
-            with ThreadPoolExecutor(_NUM_FILES, thread_name_prefix="upload") as pool:
-                tasks = [
-                    pool.submit(remote.upload, folder / name, f"{base}/{name}", self._count)
-                    for name in names
-                ]
-                try:
-                    for task in tasks:
-                        task.result()
-                except BaseException:
-                    for task in tasks:
-                        task.cancel()
-                    raise
-            remote.write_bytes(f"{base}/{MANIFEST}", manifest)
-            remote.remove([f"{base}/{UPLOAD_MARK}"])
-        if iteration == latest_iteration(self._root):
-            for name in (RUN_ID, *RUN_FILES):
-                with suppress(FileNotFoundError):
-                    remote.write_bytes(f"{self._url}/{name}", (self._root / name).read_bytes())
-            remote.write_bytes(f"{self._url}/{LATEST}", f"{iteration}\n".encode())
+        if not self._has(base, manifest):
+            names = self._remaining(iteration, read_manifest(folder).files, manifest)
+
+            def send(name: str) -> None:
+                remote.upload(folder / name, f"{base}/{name}", self._count, self._cancel)
+
+            _for_each(names, send, self._cancel)
+            self._write(f"{base}/{MANIFEST}", manifest)
+            self._remove([f"{base}/{UPLOAD_MARK}"])
+        self._advance_latest(iteration)
         self._complete[iteration] = manifest
+
+    def _has(self, base: str, manifest: bytes) -> bool:
+        """Returns whether the store has a complete checkpoint with this manifest."""
+        if remote.read_bytes(f"{base}/{MANIFEST}", cancel=self._cancel) != manifest:
+            return False
+        return remote.read_bytes(f"{base}/{UPLOAD_MARK}", cancel=self._cancel) != _REMOVING
+
+    def _advance_latest(self, iteration: int) -> None:
+        """Makes the store's latest checkpoint the newest complete one up to the local latest."""
+        local, theirs = latest_iteration(self._root), _read_latest(self._url, self._cancel)
+        if local is None or iteration > local:
+            return
+        if theirs is not None and iteration < theirs <= local:
+            return
+        for name in RUN_FILES:
+            with suppress(FileNotFoundError):
+                self._write(f"{self._url}/{name}", (self._root / name).read_bytes())
+        self._write(f"{self._url}/{LATEST}", f"{iteration}\n".encode())
+
+    def _remaining(self, iteration: int, files: Any, manifest: bytes) -> list[str]:
+        """Returns the files that the store lacks, after removing those of another checkpoint."""
+        base = f"{self._url}/{iteration_folder(Path(), iteration).name}"
+        found = remote.find(base, self._cancel)
+        present = {file.url.removeprefix(f"{base}/"): file.num_bytes for file in found}
+        mark = f"{base}/{UPLOAD_MARK}"
+        if not present:
+            self._write(mark, manifest)
+        elif remote.read_bytes(mark, cancel=self._cancel) != manifest:
+            if _read_latest(self._url, self._cancel) == iteration:
+                self._retract_latest(iteration)
+            self._remove_files(base, [file.url for file in found])
+            self._write(mark, manifest)
+            present = {}
+        missing = [name for name, one in files.items() if present.get(name) != one.num_bytes]
+        return sorted(missing, key=lambda name: -files[name].num_bytes)
+
+    def _retract_latest(self, iteration: int) -> None:
+        """Names the newest complete checkpoint before ``iteration`` as the store's latest."""
+        found = {file.url.removeprefix(f"{self._url}/") for file in self._find_all()}
+        for one in sorted(_iterations(found), reverse=True):
+            name = iteration_folder(Path(), one).name
+            mark = f"{name}/{UPLOAD_MARK}"
+            if one >= iteration or f"{name}/{MANIFEST}" not in found:
+                continue
+            if mark in found and remote.read_bytes(f"{self._url}/{mark}") == _REMOVING:
+                continue
+            self._write(f"{self._url}/{LATEST}", f"{one}\n".encode())
+            return
+        self._remove([f"{self._url}/{LATEST}"])
+
+    def _find_all(self) -> list[RemoteFile]:
+        return remote.find(self._url, self._cancel)
+
+    def _prune(self) -> None:
+        """Removes checkpoints that the retention rule does not keep."""
+        latest = _read_latest(self._url, self._cancel)
+        if self._retain is None or latest is None:
+            return
+        files: dict[int, list[str]] = {}
+        for file in self._find_all():
+            for iteration in _iterations([file.url.removeprefix(f"{self._url}/")]):
+                files.setdefault(iteration, []).append(file.url)
+        kept = retained(sorted(files), latest, retain=self._retain, keep_every=self._keep_every)
+        for iteration in sorted(set(files) - kept):
+            base = f"{self._url}/{iteration_folder(Path(), iteration).name}"
+            self._remove_files(base, files[iteration])
+            self._remove([f"{base}/{UPLOAD_MARK}"])
+            self._complete.pop(iteration, None)
+
+    def _remove_files(self, base: str, urls: list[str]) -> None:
+        """Removes the files of a checkpoint, but for a mark that the rest is no checkpoint."""
+        mark = f"{base}/{UPLOAD_MARK}"
+        self._write(mark, _REMOVING)
+        self._remove([f"{base}/{MANIFEST}"])
+        rest = [url for url in urls if url != mark]
+        for begin in range(0, len(rest), _NUM_REMOVED):
+            self._remove(rest[begin : begin + _NUM_REMOVED])
+        # A request for many files does not report those that could not be removed.
+        for file in remote.find(base, self._cancel):
+            if file.url != mark:
+                self._remove([file.url])
+
+    def _write(self, url: str, content: bytes) -> None:
+        remote.write_bytes(url, content, self._cancel)
+        self._num_requests += 1
+
+    def _remove(self, urls: list[str]) -> None:
+        remote.remove(urls, self._cancel)
+        self._num_requests += 1
 
     def _count(self, num_bytes: int) -> None:
         with self._condition:
             self._num_sent += num_bytes
-            if self._is_cancelled:
-                raise _CancelledError
-
-    def _prune(self) -> None:
-        """Removes checkpoints that the retention rule does not keep."""
-        latest = _read_latest(self._url)
-        if self._retain is None or latest is None:
-            return
-        files: dict[int, list[str]] = {}
-        for file in remote.find(self._url):
-            folder = file.url.removeprefix(f"{self._url}/").partition("/")[0]
-            if folder.startswith("iter_") and folder[5:].isdecimal():
-                files.setdefault(int(folder[5:]), []).append(file.url)
-        kept = retained(sorted(files), latest, retain=self._retain, keep_every=self._keep_every)
-        for iteration in sorted(set(files) - kept):
-            # Without its manifest, what is left does not count as a checkpoint.
-            remote.remove(sorted(files[iteration], key=lambda url: not url.endswith(MANIFEST)))
-            self._complete.pop(iteration, None)
+        if self._cancel.is_set():
+            raise CancelledError("the run ends")
 
 
-def _one_line(error: Exception) -> str:
+def _for_each(items: Collection[str], work: Callable[[str], None], cancel: threading.Event) -> None:
+    """Calls ``work`` for every item in a few threads, until one fails.
+
+    Unlike with a thread pool, neither the caller nor the end of the process waits for a request
+    that is in flight when ``cancel`` is set.
+    """
+    waiting, lock = iter(items), threading.Lock()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        lower_thread_priority()
+        while not errors and not cancel.is_set():
+            with lock:
+                item = next(waiting, None)
+            if item is None:
+                return
+            try:
+                work(item)
+            except BaseException as error:
+                errors.append(error)
+
+    number = min(_NUM_FILES, len(items))
+    threads = [threading.Thread(target=run, name="upload", daemon=True) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(_PAUSE_SECONDS)
+            if cancel.is_set():
+                raise CancelledError("the run ends")
+    if errors:
+        raise errors[0]
+    if cancel.is_set():
+        raise CancelledError("the run ends")
+
+
+def _iterations(names: Collection[str]) -> set[int]:
+    """Returns the iterations whose folders are the first parts of some names."""
+    tops = {name.partition("/")[0] for name in names if "/" in name}
+    return {int(top[5:]) for top in tops if top.startswith("iter_") and top[5:].isdecimal()}
+
+
+def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, UserError):
         return f"{error.filename or 'a local file'}: {error.strerror or error}"
-    return " ".join((str(error) or type(error).__name__).split())
+    return remote.mask(" ".join((str(error) or type(error).__name__).split()))
 
 
 def _manifest(root: Path, iteration: int) -> bytes | None:
@@ -297,24 +439,9 @@ def _manifest(root: Path, iteration: int) -> bytes | None:
     return None  # of another program or an earlier version, or being removed
 
 
-def _remaining(base: str, files: Any, manifest: bytes) -> list[str]:
-    """Returns the files that the store lacks, after removing those of another checkpoint."""
-    present = {file.url.removeprefix(f"{base}/"): file for file in remote.find(base)}
-    mark = f"{base}/{UPLOAD_MARK}"
-    if present and remote.read_bytes(mark) != manifest:
-        ordered = sorted(present.values(), key=lambda file: not file.url.endswith(MANIFEST))
-        remote.remove([file.url for file in ordered])
-        present = {}
-    if UPLOAD_MARK not in present:
-        remote.write_bytes(mark, manifest)
-    sizes = {name: file.num_bytes for name, file in present.items()}
-    missing = [name for name, one in files.items() if sizes.get(name) != one.num_bytes]
-    return sorted(missing, key=lambda name: -files[name].num_bytes)
-
-
-def _read_latest(url: str) -> int | None:
+def _read_latest(url: str, cancel: threading.Event | None = None) -> int | None:
     """Returns the iteration that a folder on the store names as its latest; None without one."""
-    content = remote.read_bytes(f"{url}/{LATEST}")
+    content = remote.read_bytes(f"{url}/{LATEST}", cancel=cancel)
     if content is None:
         return None
     text = content.decode(errors="replace").strip()
@@ -326,7 +453,8 @@ def _read_latest(url: str) -> int | None:
 def fetch_newer_checkpoint(root: Path, url: str) -> None:
     """Copies the newest checkpoint of a run from the store into its folder, if it is newer there.
 
-    Every process may call it; processes of one node wait for each other.
+    Rank 0 alone calls it, because all ranks share the folder. A folder without checkpoints takes
+    the id of the run on the store.
 
     Raises:
         UserError: The folder on the store belongs to another run, or a file is damaged or does not
@@ -336,42 +464,58 @@ def fetch_newer_checkpoint(root: Path, url: str) -> None:
     local = latest_iteration(root)
     try:
         iteration = _read_latest(url)
-        if iteration is None:
-            return
-        _check_run_id(root, url, local)
+        _adopt_run_id(root, url, local)
     except RemoteError as error:
         if local is None:
             raise
         logger.warning("%s; continuing from the checkpoints in %s", error, root)
         return
-    if local is not None:
-        # If the newer one is here as well, the user went back to an earlier one.
-        is_here = (iteration_folder(root, iteration) / MANIFEST).exists()
-        if local >= iteration or is_here:
-            return
     with _locked(root):
-        if (local := latest_iteration(root)) is not None and local >= iteration:
-            return  # another process has copied it
+        local = latest_iteration(root)
+        if (iteration is None) or (local is not None and local >= iteration):
+            _clean_up(root)
+            return
         target = iteration_folder(root, iteration)
-        fetch_checkpoint(f"{url}/{target.name}", target)
-        for name in (RUN_ID, *RUN_FILES):
-            if not (root / name).exists() or name == RUN_ID:
-                content = remote.read_bytes(f"{url}/{name}", limit=1 << 32)
-                if content is not None:
+        source, mark = f"{url}/{target.name}", root / f"{_FETCHED}{iteration}"
+        is_marked = mark.exists()
+        if (local is not None) and (target / MANIFEST).exists() and not is_marked:
+            return  # the user went back to an earlier one
+        files = {name: remote.read_bytes(f"{url}/{name}", _MOST_BYTES) for name in RUN_FILES}
+        # A process that is killed before it has written `LATEST` did not go back.
+        with as_user_error(root):
+            write_atomically(mark, "")
+        manifest = remote.read_bytes(f"{source}/{MANIFEST}")
+        if not is_marked or manifest is None or _manifest(root, iteration) != manifest:
+            fetch_checkpoint(source, target)
+        with as_user_error(root):
+            for name, content in files.items():
+                if content is not None and not (root / name).exists():
                     write_atomically(root / name, content)
-        write_atomically(root / LATEST, f"{iteration}\n")
+            write_atomically(root / LATEST, f"{iteration}\n")
+            _clean_up(root)
     logger.info("copied iteration %d from %s to %s", iteration, url, root)
+
+
+def _clean_up(root: Path) -> None:
+    """Removes marks and unfinished copies of earlier starts on this machine."""
+    with suppress(OSError):
+        for mark in root.glob(f"{_FETCHED}*"):
+            mark.unlink(missing_ok=True)
+        for left in root.glob(f".iter_*.{host_name()}.fetching"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def check_new_run(root: Path, url: str) -> None:
     """Checks that a new run would not overwrite checkpoints of another run on the store.
 
     Raises:
-        UserError: There are checkpoints of another run.
+        UserError: There are checkpoints of another run, or one has begun there.
         RemoteError: The store cannot be reached.
     """
     if _read_latest(url) is None:
-        return
+        theirs = remote.read_bytes(f"{url}/{RUN_ID}")
+        if theirs is None or theirs == _run_id(root):
+            return
     raise UserError(
         f"checkpoint.save_remote: {url} contains checkpoints of another run, which this run would "
         f"overwrite; continue that run with --load {root}, or use another URL"
@@ -386,15 +530,48 @@ def claim_run(root: Path) -> None:
             write_atomically(root / RUN_ID, f"{secrets.token_hex(16)}\n")
 
 
-def _check_run_id(root: Path, url: str, local: int | None) -> None:
-    theirs = remote.read_bytes(f"{url}/{RUN_ID}")
+def adopt_run(root: Path, url: str) -> None:
+    """Gives a run's folder the id of the run on the store, which it continues.
+
+    Raises:
+        UserError: The folder has checkpoints of another run.
+        RemoteError: The store cannot be reached.
+    """
+    _adopt_run_id(root, url, latest_iteration(root))
+
+
+def _run_id(root: Path) -> bytes | None:
     path = root / RUN_ID
-    mine = path.read_bytes() if path.exists() else None
-    if local is not None and theirs is not None and mine != theirs:
-        raise UserError(
-            f"checkpoint.save_remote: {url} contains checkpoints of another run than {root}; use "
-            "another URL, or an empty --save to continue the run on the store"
-        )
+    return path.read_bytes() if path.exists() else None
+
+
+def _adopt_run_id(root: Path, url: str, local: int | None) -> None:
+    theirs, mine = remote.read_bytes(f"{url}/{RUN_ID}"), _run_id(root)
+    if theirs is None or theirs == mine:
+        return
+    if local is not None:
+        raise _another_run(root, url)
+    with as_user_error(root):
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomically(root / RUN_ID, theirs)
+
+
+def _claim_store(root: Path, url: str, cancel: threading.Event) -> None:
+    """Writes the run's id to the store, unless another run's is there."""
+    mine, theirs = _run_id(root), remote.read_bytes(f"{url}/{RUN_ID}", cancel=cancel)
+    if mine is None:
+        raise UserError(f"{root / RUN_ID}: is missing; copy it back, or start the run again")
+    if theirs is None:
+        remote.write_bytes(f"{url}/{RUN_ID}", mine, cancel)
+    elif theirs != mine:
+        raise _another_run(root, url)
+
+
+def _another_run(root: Path, url: str) -> UserError:
+    return UserError(
+        f"checkpoint.save_remote: {url} contains checkpoints of another run than {root}; use "
+        "another URL, or an empty --save to continue the run on the store"
+    )
 
 
 @contextmanager
@@ -421,9 +598,8 @@ def fetch_checkpoint(url: str, target: Path) -> None:
     found = {file.url.removeprefix(f"{url}/"): file for file in remote.find(url)}
     if not found:
         raise UserError(f"{url}: does not exist; give the folder of a run or of a checkpoint")
-    for name in found:
-        if any(part in ("", ".", "..") for part in name.split("/")):
-            raise UserError(f"{url}: {name!r} is not a file name within the folder; remove it")
+    if UPLOAD_MARK in found and remote.read_bytes(f"{url}/{UPLOAD_MARK}") == _REMOVING:
+        raise UserError(f"{url}: was removed, but not completely; load another checkpoint")
     if MANIFEST not in found and UPLOAD_MARK in found:
         raise UserError(
             f"{url}: its upload was interrupted; run the job that wrote it again, or load another "
@@ -479,7 +655,8 @@ def fetch_run(url: str, target: Path) -> None:
         UserError, RemoteError: As `fetch_checkpoint`.
     """
     with _locked(target.parent):
-        if remote.stat(f"{url}/state.json") is not None:
+        is_checkpoint = bool(_iterations([f"{url.rpartition('/')[2]}/"]))
+        if is_checkpoint or remote.stat(f"{url}/state.json") is not None:
             _fetch_unless_same(url, target)
             return
         iteration = _read_latest(url)
@@ -495,7 +672,19 @@ def fetch_run(url: str, target: Path) -> None:
 
 def _fetch_unless_same(url: str, target: Path) -> None:
     content = remote.read_bytes(f"{url}/{MANIFEST}")
-    with suppress(OSError):
-        if content is not None and (target / MANIFEST).read_bytes() == content:
+    if content is not None:
+        with suppress(OSError):
+            if (target / MANIFEST).read_bytes() == content:
+                return
+        fetch_checkpoint(url, target)
+        return
+    # The record lies outside, because all files of the folder belong to the checkpoint.
+    record = target.with_name(f".{target.name}.versions.json")
+    versions = {file.url.removeprefix(f"{url}/"): file.version for file in remote.find(url)}
+    with suppress(OSError, ValueError):
+        if target.is_dir() and json.loads(record.read_bytes()) == versions:
             return
+    record.unlink(missing_ok=True)
     fetch_checkpoint(url, target)
+    with as_user_error(record):
+        write_atomically(record, json.dumps(versions) + "\n")

@@ -65,7 +65,7 @@ def main() -> None:
         with StagedUpload(output_prefix) as staged:
             staged.begin([staged.prefix], overwrite=arguments.overwrite)
             num_documents = merge_datasets(prefixes, staged.prefix, overwrite=True, policy=policy)
-            staged.publish([dataset_paths(staged.prefix)])
+            staged.publish([dataset_paths(staged.prefix)], overwrite=arguments.overwrite)
     else:
         num_documents = merge_datasets(
             prefixes, output_prefix, overwrite=arguments.overwrite, policy=policy

@@ -133,7 +133,8 @@ def _preprocess_to_url(settings: PreprocessSettings, files: list[InputFile]) -> 
             if shard is None and count > 1:
                 staged.fetch(f"{name}_part*of{count:05d}_*")
             contents = _preprocess(local, files)
-        staged.publish([output_paths(own.output_prefix, key) for key in keys])
+        outputs = [output_paths(own.output_prefix, key) for key in keys]
+        staged.publish(outputs, overwrite=settings.overwrite)
         if shard is None and count > 1:
             staged.remove_remote(f"{name}_part*of{count:05d}_*")
     return contents

@@ -114,21 +114,30 @@ class StagedUpload:
         """Removes files of earlier jobs from the store."""
         remote.remove([file.url for file in remote.find(f"{self._parent}/{pattern}")])
 
-    def publish(self, outputs: Sequence[Sequence[Path]]) -> None:
+    def publish(self, outputs: Sequence[Sequence[Path]], *, overwrite: bool) -> None:
         """Uploads the datasets. The `.idx`, which makes a dataset visible, is the last of each.
 
         Existing files are removed first, so that new and old ones never coexist.
 
         Args:
             outputs: The paths of each dataset, as `output.dataset_paths` returns them.
+            overwrite: Whether datasets may be replaced. Another job may have written one meanwhile.
 
         Raises:
+            UserError: One exists and ``overwrite`` is not set.
             RemoteError: An upload failed. The next attempt continues with the same file.
         """
         record = self.folder / _UPLOADED
         if not record.exists():
-            paths = [path for dataset in outputs for path in dataset]
-            remote.remove([self._url_of(path) for path in paths])
+            indexes = [self._url_of(index) for index, *_ in outputs]
+            found = [] if overwrite else [url for url in indexes if remote.stat(url) is not None]
+            if found:
+                raise UserError(
+                    f"output exists: {found[0]}: another job has written it meanwhile; use "
+                    f"--overwrite to replace it (the finished output is kept in {self.folder})"
+                )
+            remote.remove(indexes)  # without them, the other files are no dataset
+            remote.remove([self._url_of(path) for _, *paths in outputs for path in paths])
             write_atomically(record, "")
         done = record.read_text(encoding="utf-8").splitlines()
         ordered: list[Path] = []

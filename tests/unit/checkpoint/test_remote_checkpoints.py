@@ -4,6 +4,7 @@ import logging
 import random
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from megatron_chatflow.checkpoint.files import (
 )
 from megatron_chatflow.checkpoint.remote import (
     CheckpointUploader,
+    adopt_run,
     check_new_run,
     claim_run,
     fetch_newer_checkpoint,
@@ -124,9 +126,9 @@ def test_the_latest_file_is_written_last(
         monkeypatch.setattr(remote, name, seen)
     make_checkpoint(root, 5)
     assert finish(start(uploaders, root)) is None
-    assert order[0] == "iter_0000005/upload.json"
-    assert set(order[1:6]) == {f"iter_0000005/{name}" for name in FILES}
-    assert order[6] == f"iter_0000005/{MANIFEST}"
+    assert order[:2] == ["run_id.txt", "iter_0000005/upload.json"]
+    assert set(order[2:7]) == {f"iter_0000005/{name}" for name in FILES}
+    assert order[7] == f"iter_0000005/{MANIFEST}"
     assert order[-1] == LATEST
 
 
@@ -143,7 +145,7 @@ def test_a_failed_upload_is_reported_and_repeated_at_the_next_save(
     uploader = start(uploaders, root)
     with caplog.at_level(logging.ERROR):
         problem = finish(uploader)
-    assert problem is not None and "cannot read: s3://corpora/runs/a/iter_0000005" in problem
+    assert problem is not None and "cannot read: s3://corpora/runs/a/run_id.txt" in problem
     assert "uploading iteration 5 failed" in caplog.text and str(root) in caplog.text
     (failed,) = uploader.take_results()
     assert failed.to_dict() == {
@@ -272,10 +274,10 @@ def test_an_upload_is_given_up_at_once(
     real, begun = remote.upload, threading.Event()
     sent = []
 
-    def slow(path: Path, url: str, on_bytes: Any) -> None:
+    def slow(path: Path, *arguments: Any) -> None:
         begun.set()
         sent.append(path.name)
-        real(path, url, on_bytes)
+        real(path, *arguments)
 
     monkeypatch.setattr(remote, "upload", slow)
     make_checkpoint(root, 5)
@@ -408,3 +410,296 @@ def test_a_run_or_a_checkpoint_is_copied_to_the_cache(
     assert content(one) == content(root / "iter_0000005")
     fetch_run("s3://corpora/empty", tmp_path / "cache" / "b")
     assert resolve_checkpoint(tmp_path / "cache" / "b") is None
+
+
+class SlowUpload:
+    """Replaces `remote.upload` by one that waits until `go_on` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self._real = remote.upload
+        monkeypatch.setattr(remote, "upload", self._upload)
+
+    def _upload(self, *arguments: Any) -> None:
+        self.begun.set()
+        self.go_on.wait(20)
+        self._real(*arguments)
+
+
+def test_latest_advances_although_uploads_take_longer_than_the_save_interval(
+    root: Path,
+    object_store: ObjectStore,
+    uploaders: list[CheckpointUploader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = SlowUpload(monkeypatch)
+    make_checkpoint(root, 5)
+    uploader = start(uploaders, root)
+    uploader.submit(5)
+    assert slow.begun.wait(20)
+    for iteration in (10, 15):
+        make_checkpoint(root, iteration)
+        uploader.submit(iteration)
+    real = CheckpointUploader._advance_latest
+
+    def advance_and_end(self: CheckpointUploader, iteration: int) -> None:
+        real(self, iteration)
+        self._cancel.set()
+
+    monkeypatch.setattr(CheckpointUploader, "_advance_latest", advance_and_end)
+    slow.go_on.set()
+    finish(uploader)
+    assert object_store.get(f"runs/a/{LATEST}") == b"5\n"
+
+
+def test_latest_does_not_go_back_when_an_older_checkpoint_follows(
+    root: Path, object_store: ObjectStore, uploaders: list[CheckpointUploader]
+) -> None:
+    upload(root, uploaders, 5, 10)
+    assert object_store.get(f"runs/a/{LATEST}") == b"10\n"
+    (root / LATEST).write_text("5\n")  # the user goes back
+    assert finish(start(uploaders, root)) is None
+    assert object_store.get(f"runs/a/{LATEST}") == b"5\n"
+
+
+def test_a_start_that_was_killed_before_it_named_the_copy_is_finished(
+    root: Path,
+    object_store: ObjectStore,
+    uploaders: list[CheckpointUploader],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    upload(root, uploaders, 5)
+    other = tmp_path / "other"
+    fetch_newer_checkpoint(other, URL)
+    upload(root, uploaders, 10)
+    real = copies.write_atomically
+
+    def killed(path: Path, content: Any) -> None:
+        if path.name == LATEST:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(copies, "write_atomically", killed)
+        fetch_newer_checkpoint(other, URL)
+    assert latest_iteration(other) == 5 and (other / "iter_0000010").exists()
+    object_store.proxy.num_bytes = 0
+    (other / ".iter_0000007.none.fetching").mkdir()
+    (other / f".iter_0000007.{copies.host_name()}.fetching").mkdir()
+    fetch_newer_checkpoint(other, URL)
+    assert latest_iteration(other) == 10
+    assert content(other / "iter_0000010") == content(root / "iter_0000010")
+    assert object_store.proxy.num_bytes < 100_000  # not copied again
+    assert [path.name for path in other.glob(".*")] == [".iter_0000007.none.fetching"]
+
+
+def test_the_files_of_another_run_are_never_removed(
+    root: Path,
+    object_store: ObjectStore,
+    uploaders: list[CheckpointUploader],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    upload(root, uploaders, 5, 10)
+    before = {name: object_store.get(name) for name in object_store.names()}
+    other = tmp_path / "other"
+    claim_run(other)
+    make_checkpoint(other, 10, seed=1)
+    object_store.proxy.go_down()
+    monkeypatch.setattr(remote, "NUM_ATTEMPTS", 1)
+    fetch_newer_checkpoint(other, URL)  # goes on, because the store is out of reach
+    uploader = start(uploaders, other, retain=1)
+    assert finish(uploader) is not None
+    object_store.proxy.is_down = False
+    problem = finish(uploader)
+    assert problem is not None and "checkpoints of another run than" in problem
+    assert {name: object_store.get(name) for name in object_store.names()} == before
+
+
+def test_a_run_that_has_begun_on_the_store_is_recognized(
+    root: Path, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    object_store.put("runs/a/run_id.txt", (root / "run_id.txt").read_bytes())
+    check_new_run(root, URL)
+    with pytest.raises(UserError, match="contains checkpoints of another run"):
+        check_new_run(tmp_path / "new", URL)
+    claim_run(tmp_path / "new")
+    with pytest.raises(UserError, match="contains checkpoints of another run"):
+        check_new_run(tmp_path / "new", URL)
+    adopt_run(tmp_path / "new", URL)  # of a run that loads from the store
+    check_new_run(tmp_path / "new", URL)
+    claim_run(tmp_path / "third")
+    make_checkpoint(tmp_path / "third", 5)
+    with pytest.raises(UserError, match="checkpoints of another run than"):
+        adopt_run(tmp_path / "third", URL)
+
+
+def test_a_partly_removed_checkpoint_is_not_loaded(
+    root: Path,
+    object_store: ObjectStore,
+    uploaders: list[CheckpointUploader],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    upload(root, uploaders, 5, 10)
+    real = remote.remove
+
+    def interrupted(urls: Any, *arguments: Any) -> None:
+        if len(urls) > 1:
+            real([url for url in urls if url.endswith(".metadata")], *arguments)
+            raise remote.RemoteError("the network is gone")
+        real(urls, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "remove", interrupted)
+        assert finish(start(uploaders, root, retain=1)) is None
+    assert {"upload.json", "__0_0.distcp"} <= set(stored(object_store, 5))
+    assert stored(object_store, 5)["upload.json"] == b"removing\n"
+    with pytest.raises(UserError, match="was removed, but not completely"):
+        fetch_run(f"{URL}/iter_0000005", tmp_path / "cache" / "iter_0000005")
+    assert finish(start(uploaders, root, retain=1)) is None
+    assert stored(object_store, 5) == {}
+
+
+@pytest.mark.parametrize("others", [(5,), ()])
+def test_latest_does_not_name_a_checkpoint_that_is_replaced(
+    root: Path,
+    object_store: ObjectStore,
+    uploaders: list[CheckpointUploader],
+    monkeypatch: pytest.MonkeyPatch,
+    others: tuple[int, ...],
+) -> None:
+    upload(root, uploaders, *others, 10)
+    shutil.rmtree(root / "iter_0000010")
+    folder = make_checkpoint(root, 10, seed=1)
+    slow = SlowUpload(monkeypatch)
+    uploader = start(uploaders, root)
+    uploader.submit(10)
+    assert slow.begun.wait(20)
+    if others:
+        assert object_store.get(f"runs/a/{LATEST}") == b"5\n"
+    else:
+        assert f"runs/a/{LATEST}" not in object_store.names()
+    slow.go_on.set()
+    assert finish(uploader) is None
+    assert object_store.get(f"runs/a/{LATEST}") == b"10\n"
+    assert stored(object_store, 10) == content(folder)
+
+
+def test_an_unexpected_error_does_not_end_the_uploads(
+    root: Path,
+    object_store: ObjectStore,
+    uploaders: list[CheckpointUploader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_checkpoint(root, 5)
+    uploader = start(uploaders, root)
+    with monkeypatch.context() as patch:
+        patch.setattr(uploader, "_next", lambda *_: 1 / 0)
+        uploader.submit(5)
+        assert finish_in_time(uploader) == "division by zero"
+    (result,) = uploader.take_results()
+    assert (result.iteration, result.error) == (5, "division by zero")
+    assert finish_in_time(uploader) is None
+
+
+def finish_in_time(uploader: CheckpointUploader) -> str | None:
+    found: list[str | None] = []
+    thread = threading.Thread(target=lambda: found.append(finish(uploader)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found, "finish did not return"
+    return found[0]
+
+
+def test_a_damaged_older_checkpoint_stops_neither_others_nor_pruning(
+    root: Path, object_store: ObjectStore, uploaders: list[CheckpointUploader]
+) -> None:
+    for iteration in (5, 10, 15, 20):
+        make_checkpoint(root, iteration)
+    (root / "iter_0000015" / MANIFEST).write_text("{")
+    for iteration in (1, 2):
+        object_store.put(f"runs/a/iter_{iteration:07d}/x", b"x")
+    uploader = start(uploaders, root, retain=3)
+    assert finish(uploader) is None
+    results = [(one.iteration, one.error is None) for one in uploader.take_results()]
+    assert results == [(20, True), (15, False), (10, True)]
+    tops = {name.split("/")[2] for name in object_store.names() if "/iter_" in name}
+    assert tops == {"iter_0000002", "iter_0000010", "iter_0000020"}
+
+
+def test_close_does_not_wait_for_a_request_that_hangs(
+    root: Path,
+    object_store: ObjectStore,
+    uploaders: list[CheckpointUploader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = SlowUpload(monkeypatch)
+    make_checkpoint(root, 5)
+    uploader = start(uploaders, root)
+    uploader.submit(5)
+    assert slow.begun.wait(20)
+    begin = time.monotonic()
+    uploader.close()
+    assert time.monotonic() - begin < 5
+    assert finish(uploader) == "the upload was given up"
+    slow.go_on.set()
+
+
+def test_close_does_not_wait_for_further_attempts(
+    root: Path,
+    object_store: ObjectStore,
+    uploaders: list[CheckpointUploader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 60.0)
+    make_checkpoint(root, 5)
+    object_store.proxy.go_down()
+    uploader = start(uploaders, root)
+    uploader.submit(5)
+    while object_store.proxy.num_cut == 0:
+        time.sleep(0.01)
+    begin = time.monotonic()
+    uploader.close()
+    assert time.monotonic() - begin < 25
+
+
+def test_removing_checkpoints_counts_as_progress_and_takes_few_requests(
+    root: Path,
+    object_store: ObjectStore,
+    uploaders: list[CheckpointUploader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upload(root, uploaders, 5, 10)
+    calls: list[int] = []
+    real = remote.remove
+
+    def counted(urls: Any, *arguments: Any) -> None:
+        calls.append(len(urls))
+        time.sleep(0.3)
+        real(urls, *arguments)
+
+    monkeypatch.setattr(remote, "remove", counted)
+    heartbeats: list[None] = []
+    uploader = start(uploaders, root, retain=1)
+    assert uploader.finish(lambda: heartbeats.append(None)) is None
+    assert calls == [1, len(FILES) + 1, 1] and stored(object_store, 5) == {}
+    assert len(heartbeats) >= len(calls)
+
+
+def test_a_checkpoint_without_hashes_is_copied_once(
+    root: Path, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    for name, data in content(make_checkpoint(root, 5)).items():
+        if name != MANIFEST:
+            object_store.put(f"runs/a/iter_0000005/{name}", data)
+    copy = tmp_path / "cache" / "iter_0000005"
+    fetch_run(f"{URL}/iter_0000005", copy)
+    assert set(content(copy)) == set(FILES)
+    object_store.proxy.num_bytes = 0
+    fetch_run(f"{URL}/iter_0000005", copy)
+    assert object_store.proxy.num_bytes < 100_000
+    object_store.put("runs/a/iter_0000005/.metadata", b"new")
+    fetch_run(f"{URL}/iter_0000005", copy)
+    assert content(copy)[".metadata"] == b"new"

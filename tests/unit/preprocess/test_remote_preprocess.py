@@ -181,6 +181,23 @@ def test_a_failed_upload_continues(
     assert remote_files(object_store) == local_files(jobs.folder)
 
 
+def test_an_output_that_appears_during_the_work_is_not_replaced(
+    jobs: Jobs, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jobs.lines("a.jsonl", records())
+    work = job.preprocess_files
+
+    def with_another_job(*arguments: Any, **options: Any) -> Any:
+        found = work(*arguments, **options)
+        object_store.put("data/out_text_document.idx", b"of another job")
+        return found
+
+    monkeypatch.setattr(job, "preprocess_files", with_another_job)
+    with pytest.raises(UserError, match=r"output exists: .*another job has written it meanwhile"):
+        run_remotely(jobs, source)
+    assert remote_files(object_store) == {"out_text_document.idx": b"of another job"}
+
+
 def test_an_unwritable_store_is_found_before_the_work(
     jobs: Jobs, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
