@@ -139,7 +139,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--removed",
         metavar="FOLDER",
-        help="also write what each filter dropped, with the reason, as FOLDER/FILTER/*.jsonl.zst",
+        help="also write what each filter dropped, with the reason, as FOLDER/FILTER/*.jsonl.zst, "
+        "and lines of boilerplate",
     )
     add("--overwrite", action="store_true", help="replace existing outputs")
     add(

@@ -397,7 +397,7 @@ def _stages(settings: CleanSettings, files: Sequence[InputFile], work: Path) -> 
     if settings.max_repeated_punctuation is not None:
         pipeline.append(steps.LimitPunctuation(settings.max_repeated_punctuation))
     if settings.remove_boilerplate:
-        pipeline.append(steps.RemoveBoilerplate())
+        pipeline.append(steps.RemoveBoilerplate(removed("boilerplate")))
     if settings.languages:
         pipeline.append(
             steps.KeepLanguages(

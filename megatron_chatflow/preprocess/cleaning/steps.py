@@ -6,6 +6,7 @@ number of workers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -161,14 +162,18 @@ class _Change(PipelineStep):  # type: ignore[misc]
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
         """Yields the documents with their new texts."""
         for document in data:
-            text = self.change(document.text)
-            if text != document.text:
-                self.stat_update("changed")
-                document.text = text
-            if text.strip():
+            if self.replace_text(document, self.change(document.text)):
                 yield document
-            else:
-                self.stat_update("dropped", "dropped_no text left")
+
+    def replace_text(self, document: Document, text: str) -> bool:
+        """Counts the change of a document; returns whether there is any text left."""
+        if text != document.text:
+            self.stat_update("changed")
+            document.text = text
+        if not text.strip():
+            self.stat_update("dropped", "dropped_no text left")
+            return False
+        return True
 
 
 class ConvertChinese(_Change):
@@ -200,16 +205,26 @@ class LimitPunctuation(_Change):
 
 
 class RemoveBoilerplate(_Change):
-    """Removes lines of navigation, notices and advertisements."""
+    """Removes lines of navigation, notices and advertisements, and writes them if asked to."""
 
     name = "boilerplate"
 
-    def change(self, text: str) -> str:
-        """Returns the text without these lines, which are counted."""
-        text, num_lines = without_boilerplate(text)
-        if num_lines:
-            self.stat_update("lines removed", value=num_lines)
-        return text
+    def __init__(self, removed: WriteRecords | None = None) -> None:
+        super().__init__()
+        self.removed = removed
+
+    def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
+        """Yields the documents without these lines, which are counted."""
+        with self.removed or nullcontext():
+            for document in data:
+                text, lines = without_boilerplate(document.text)
+                if lines:
+                    self.stat_update("lines removed", value=len(lines))
+                    if self.removed is not None:
+                        part = Document("\n".join(lines), document.id, metadata={"lines": lines})
+                        self.removed.write(part, rank)
+                if self.replace_text(document, text):
+                    yield document
 
 
 class _Filter(BaseFilter):  # type: ignore[misc]

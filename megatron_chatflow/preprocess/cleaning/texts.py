@@ -23,18 +23,39 @@ _WORD = re.compile(f"[{_UNSPACED}]|{_LETTERS}(?:['\u2019]{_LETTERS})*|[^\\w\\s]"
 _WORD_WITHOUT_PUNCTUATION = re.compile(f"[{_UNSPACED}]|{_LETTERS}(?:['\u2019]{_LETTERS})*")
 _SENTENCE = re.compile(r"[^.!?。！？；…\n]+[.!?。！？；…]*[\"'”’」』）)]*|[^\n]")
 
-# Short lines with one of these texts are navigation, notices or advertisements of a page.
-BOILERPLATE_TEXTS = tuple(
-    "版权所有 版權所有 未经授权 未經授權 未经许可 侵权必究 转载请注明 轉載請註明 责任编辑 責任編輯 "
-    "本文来源 本文來源 免责声明 免責聲明 ICP备 ICP證 ICP证 公网安备 网站地图 返回首页 返回顶部 "
-    "上一篇 下一篇 上一页 下一页 阅读全文 閱讀全文 相关推荐 相关阅读 热门推荐 猜你喜欢 分享到 "
-    "点击下载 点击查看 立即下载 扫一扫 扫描二维码 关注公众号 微信公众号 登录注册 登录后 "
-    "加载中 举报电话 客服热线 友情链接".split()
-) + (
-    *("all rights reserved", "privacy policy", "terms of use", "terms of service"),
-    *("cookie policy", "uses cookies", "use cookies", "enable javascript", "share this"),
-    *("sign up for our newsletter", "subscribe to our newsletter", "click here to"),
-    *("log in to", "back to top", "skip to content", "read more"),
+# Navigation, notices and advertisements of pages. English phrases occur in ordinary sentences, such
+# as "I read more than you do.", so they must be whole lines, several of which may stand beside each
+# other, or begin a line in the form that pages use. The same applies to Chinese links and buttons,
+# but not to Chinese legal notices, which occur anywhere in a line.
+_PHRASES = "|".join(
+    (
+        *("privacy policy", "cookie policy", r"terms (?:of use|of service|and conditions)"),
+        *("all rights reserved", "read more", "share this(?: article| page| post| story)?"),
+        *("back to top", "skip to (?:main )?content", "(?:log|sign) in", "sign up"),
+    )
+)
+_BEGINNINGS = "|".join(
+    (
+        r"all rights reserved\b",
+        r"(?:copyright\b|©|\(c\)).*\ball rights reserved\b",
+        r"(?:we use|(?:this|our) (?:web ?)?site uses) cookies(?: (?:to|on|and|for|in)\b|\W*$)",
+        r"(?:please )?enable javascript\b",
+        r"(?:sign up for|subscribe to) our newsletter\b",
+        r"click here to\b",
+        r"log in to (?:comment|reply|post|continue|view|read)\b",
+        r"read more\s*[:»›→>]",
+        "网站地图|返回首页|返回顶部|上一篇|下一篇|上一页|下一页|阅读全文|閱讀全文|相关推荐|相关阅读",
+        "热门推荐|猜你喜欢|分享到|点击下载|点击查看|立即下载|扫一扫|扫描二维码|关注公众号",
+        "微信公众号|登录注册|登录后(?:可以?)?(?:查看|可见|阅读|下载|发表|评论|回复)|加载中",
+        "举报电话|客服热线|友情链接",
+    )
+)
+_NOTICES = (
+    "版权所有|版權所有|侵权必究|转载请注明|轉載請註明|责任编辑|責任編輯|本文来源|本文來源|免责声明"
+    "|免責聲明|ICP[备備證证]|公网安备|未[经經](?:授权|授權|许可|許可|允许|允許).{0,12}(?:转载|轉載)"
+)
+_BOILERPLATE = re.compile(
+    rf"\W*(?:(?:(?:{_PHRASES})\b\W*)+$|{_BEGINNINGS})|.*?(?:{_NOTICES})", re.IGNORECASE
 )
 MAX_BOILERPLATE_CHARACTERS = 60
 
@@ -64,20 +85,17 @@ def limit_punctuation(text: str, limit: int) -> str:
     return _repeated_punctuation(limit).sub(lambda match: match[1] * limit, text)
 
 
-def without_boilerplate(text: str) -> tuple[str, int]:
-    """Removes short lines that contain one of `BOILERPLATE_TEXTS`; returns also their number."""
+def without_boilerplate(text: str) -> tuple[str, list[str]]:
+    """Removes short lines of navigation, notices and advertisements; returns also these lines."""
     lines = text.split("\n")
-    kept = [line for line in lines if not _is_boilerplate(line)]
-    if len(kept) == len(lines):
-        return text, 0
-    return "\n".join(kept).strip("\n"), len(lines) - len(kept)
+    removed = [line for line in lines if _is_boilerplate(line)]
+    if not removed:
+        return text, []
+    return "\n".join(line for line in lines if not _is_boilerplate(line)).strip("\n"), removed
 
 
 def _is_boilerplate(line: str) -> bool:
-    if len(line) > MAX_BOILERPLATE_CHARACTERS:
-        return False
-    lower = line.lower()
-    return any(text in line or text in lower for text in BOILERPLATE_TEXTS)
+    return len(line) <= MAX_BOILERPLATE_CHARACTERS and _BOILERPLATE.match(line) is not None
 
 
 @cache

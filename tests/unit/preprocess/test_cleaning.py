@@ -95,8 +95,56 @@ def test_words_of_any_script() -> None:
 def test_changes_of_texts() -> None:
     assert limit_punctuation("好！！！！！ ... aaa ——————", 2) == "好！！ .. aaa ——"
     text = "正文第一行。\n责任编辑：张三\nAll Rights Reserved.\n" + "版权所有" * 30
-    assert without_boilerplate(text) == ("正文第一行。\n" + "版权所有" * 30, 2)
-    assert without_boilerplate("a\n\nb\n") == ("a\n\nb\n", 0)
+    lines = ["责任编辑：张三", "All Rights Reserved."]
+    assert without_boilerplate(text) == ("正文第一行。\n" + "版权所有" * 30, lines)
+    assert without_boilerplate("a\n\nb\n") == ("a\n\nb\n", [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Read more",
+        "» Read more...",
+        "Read more: The river in winter",
+        "Privacy Policy | Terms of Use | Back to top",
+        "© 2020 The Mill Ltd. All rights reserved.",
+        "Copyright 2020 by the author, all rights reserved",
+        "We use cookies to improve your experience.",
+        "This website uses cookies.",
+        "Please enable JavaScript in your browser.",
+        "Subscribe to our newsletter!",
+        "Click here to download the file",
+        "Log in to comment",
+        "上一篇：长江",
+        "登录后查看更多",
+        "本网站版权所有",
+        "未经授权，请勿转载。",
+    ],
+)
+def test_boilerplate(line: str) -> None:
+    assert without_boilerplate(f"a\n{line}\nb") == ("a\nb", [line])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "I read more than you do.",
+        "Read more than one book on it.",
+        "Please share this with your neighbours.",
+        "A privacy policy is a text on how data are used.",
+        "The new terms of use are hard to read.",
+        "We use cookies as a snack in the afternoon.",
+        "She had to log in to the machine in the next room.",
+        "Log in to the server and restart it.",
+        "He asked her to click here to see it.",
+        "They sign up sooner than we do.",
+        "他登录后发现密码错了。",
+        "她在微信公众号上写文章。",
+        "未经许可不得入内。",
+    ],
+)
+def test_ordinary_sentences_are_no_boilerplate(line: str) -> None:
+    assert without_boilerplate(f"a\n{line}\nb") == (f"a\n{line}\nb", [])
 
 
 def test_languages_are_identified_without_a_download() -> None:
@@ -155,6 +203,11 @@ def test_a_job_of_all_steps(tmp_path: Path) -> None:
     (removed,) = read(tmp_path / "removed" / "language")
     assert removed["where"] == "a.jsonl:2" and removed["language"] == "es"
     assert removed["record"] == {"text": SPANISH}
+    lines = [(part["where"], part["lines"]) for part in read(tmp_path / "removed" / "boilerplate")]
+    assert lines == [
+        ("a.jsonl:7", ["上一篇：长江发源于青藏高原！！"]),
+        ("a.jsonl:8", ["上一篇：登录后查看"]),
+    ]
     assert json.loads((tmp_path / "out" / COUNTS_FILE).read_text())["num_written"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "removed"]
 
@@ -539,7 +592,7 @@ def test_the_report_of_a_corpus(tmp_path: Path) -> None:
     from megatron_chatflow.report.corpus import build_corpus_page, measure_corpus
 
     near = ENGLISH.replace("ninety miles", "ninety-one miles")
-    texts = [ENGLISH, ENGLISH, near, CHINESE, f"{SPANISH}\n<b>read more</b>!!!!"]
+    texts = [ENGLISH, ENGLISH, near, CHINESE, f"{SPANISH}\nRead more »\n<b>más</b>!!!!"]
     write(tmp_path / "in", "a.jsonl", [*({"text": text} for text in texts), "{"])
     statistics = measure_corpus([str(tmp_path / "in")], CorpusSettings())
     assert (statistics.num_documents, statistics.num_duplicates) == (5, 1)
@@ -553,7 +606,7 @@ def test_the_report_of_a_corpus(tmp_path: Path) -> None:
     smaller = measure_corpus([str(tmp_path / "in")], CorpusSettings(), num_sampled=2)
     assert smaller.num_sampled == 2 and smaller.num_documents == 5
     page = build_corpus_page(statistics, "<corpus>", datetime.now(timezone.utc))
-    assert "<h1>&lt;corpus&gt;</h1>" in page and "<b>read more</b>" not in page
+    assert "<h1>&lt;corpus&gt;</h1>" in page and "<b>más</b>" not in page
     assert not re.search(r'<(script|img|link)[^>]+(src|href)="(?!data:)', page)
 
 
