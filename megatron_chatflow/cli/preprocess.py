@@ -317,8 +317,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--pair-dedup",
         choices=["none", "either"],
         default="none",
-        help="either: drop pairs of which an earlier pair has the first or the second side; "
-        "default: %(default)s",
+        help="either: drop pairs of which an earlier pair has the first or the second side, which "
+        "includes what --dedup drops; default: %(default)s",
     )
     add(
         "--pair-min-score",

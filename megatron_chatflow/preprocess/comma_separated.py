@@ -67,11 +67,13 @@ def csv_rows(
         finally:
             csv.field_size_limit(previous_limit)
         if isinstance(row, list):
-            size = _num_bytes(row, max_record_bytes)
+            size = sum(map(len, row))  # in characters if they cannot have too many bytes
+            if 4 * size > max_record_bytes:
+                size = sum(len(cell.encode("utf-8", "surrogateescape")) for cell in row)
             num_bytes += size
             if size > max_record_bytes:
                 row = OversizedRecord()
-            elif any('"' in cell for cell in row) and not _is_quoted(record, delimiter):
+            elif '"' in "".join(row) and not _is_quoted(record, delimiter):
                 row = RejectedRecord("malformed_csv")
         rows.append(row)
         if num_bytes >= chunk_bytes or len(rows) >= _NUM_ROWS_PER_CHUNK:
@@ -132,14 +134,6 @@ def _rejected(
             "of the cell is not known: double it"
         )
     return OversizedRecord() if is_large else RejectedRecord("malformed_csv")
-
-
-def _num_bytes(row: Sequence[str], limit: int) -> int:
-    """Returns the size of the cells in UTF-8; in characters if it is below ``limit`` anyway."""
-    num_characters = sum(map(len, row))
-    if 4 * num_characters <= limit:
-        return num_characters
-    return sum(len(cell.encode("utf-8", "surrogateescape")) for cell in row)
 
 
 def _is_quoted(record: Sequence[str], delimiter: str) -> bool:

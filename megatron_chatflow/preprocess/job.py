@@ -51,7 +51,13 @@ from megatron_chatflow.preprocess.languages import is_identified_as_other
 from megatron_chatflow.preprocess.merge import PartitionPolicy, merge_datasets
 from megatron_chatflow.preprocess.output import KeyOutput, document_prefix, output_paths
 from megatron_chatflow.preprocess.pairs import PairSettings
-from megatron_chatflow.preprocess.readers import Chunk, CorpusReader, InputFile, find_inputs
+from megatron_chatflow.preprocess.readers import (
+    Chunk,
+    CorpusReader,
+    InputFile,
+    check_kind,
+    find_inputs,
+)
 from megatron_chatflow.preprocess.settings import PreprocessSettings
 from megatron_chatflow.preprocess.staged_upload import StagedUpload
 from megatron_chatflow.remote import parse_location
@@ -224,6 +230,8 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
         )
     if settings.corpus.format == "pairs":
         _check_pairs(settings.corpus.pairs)
+    for file in files:
+        check_kind(file, settings.corpus)
     keys = settings.corpus.json_keys
     if len(set(keys)) != len(keys) or not keys:
         raise UserError(f"--json-keys: {' '.join(keys)}: list each key only once")

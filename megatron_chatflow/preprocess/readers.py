@@ -18,7 +18,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -270,7 +270,7 @@ class _FoundFiles:
     files: list[Path] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    _saved: dict[Path, frozenset[str] | None] = field(default_factory=dict)
+    _saved: dict[str, frozenset[str] | None] = field(default_factory=dict)
 
     def classify(self, path: Path) -> bool:
         """Adds a file to one of the groups by its name. Returns whether the file is to be read."""
@@ -283,7 +283,7 @@ class _FoundFiles:
             self.skipped[ending or "without an extension"] += 1
         elif _is_alignment(path, self.sides) and path.is_file():
             self.skipped[ending] += 1
-        elif ending == ".arrow" and not self._is_saved(path):
+        elif self.is_cache(path.parent, path.name):
             self.skipped["cached .arrow"] += 1
         elif kind is not None and _is_corpus_metadata(path):
             self.skipped[path.name] += 1
@@ -298,12 +298,17 @@ class _FoundFiles:
             return True
         return False
 
-    def _is_saved(self, path: Path) -> bool:
-        """Returns whether an Arrow file belongs to the saved data set in its folder, if any."""
-        if path.parent not in self._saved:
-            self._saved[path.parent] = saved_files(path.parent)
-        saved = self._saved[path.parent]
-        return saved is None or path.name in saved
+    def is_cache(self, folder: Path | str, name: str, names: Collection[str] | None = None) -> bool:
+        """Returns whether an Arrow file does not belong to the saved data set in its folder.
+
+        The arguments are those of `saved_files`. If there is no saved data set, no file is a cache.
+        """
+        if not name.lower().endswith(".arrow"):
+            return False
+        if str(folder) not in self._saved:
+            self._saved[str(folder)] = saved_files(folder, names)
+        saved = self._saved[str(folder)]
+        return saved is not None and name not in saved
 
     def report(self, name: str) -> None:
         """Logs the skipped files and raises an error if there are unsupported files with data."""
@@ -362,6 +367,13 @@ def _expand_url(
     is_folder = not remote.has_magic(url)
     top = f"{url.rstrip('/')}/" if is_folder else f"{url.partition('://')[0]}://"
     urls = {file.url for file in found}
+    names: dict[str, set[str]] = {}  # of the files in each folder
+    for file in found:
+        folder, _, name = file.url.rpartition("/")
+        names.setdefault(folder, set()).add(name)
+    if is_folder:
+        for folder in sorted(names):
+            check_splits(folder, names[folder])
     hides = is_folder or "/." not in url  # as Python's globs do
     selection = _FoundFiles(sides)
     files: list[InputFile] = []
@@ -379,6 +391,10 @@ def _expand_url(
             selection.skipped[ending] += 1
         elif _is_corpus_metadata(path, lambda path: f"{top}{path}" in urls):
             selection.skipped[path.name] += 1
+        elif selection.is_cache(
+            folder := file.url.rpartition("/")[0], path.name, names[folder] if is_folder else None
+        ):
+            selection.skipped["cached .arrow"] += 1
         else:
             name = path.as_posix() if is_folder else path.name
             files += _remote_files(file, name, sides)
@@ -414,6 +430,8 @@ def _matches(pattern: str, sides: tuple[str, str] | None) -> _FoundFiles:
             found.skipped[match.name] += 1
         elif _is_alignment(match, sides):
             found.skipped[match.suffix.lower()] += 1
+        elif found.is_cache(match.parent, match.name):
+            found.skipped["cached .arrow"] += 1
         else:
             seen.add(real)
             found.files.append(match)
@@ -674,9 +692,7 @@ def read_chunks(
     if file.kind == "aligned":
         yield from _read_aligned(file, settings, archives)
         return
-    if file.kind in ("tsv", "tmx") and settings.tabs is None:
-        lines = "tab-separated lines are" if file.kind == "tsv" else "a translation memory has"
-        raise UserError(f"{lines} pairs: {file.name}: use --format pairs")
+    check_kind(file, settings)
     source = _Source(file, settings, archives)
     try:
         if file.kind == "tmx":
@@ -706,6 +722,13 @@ def read_chunks(
         raise UserError(f"cannot read: {file.name}: {error}") from error
     finally:
         source.close()
+
+
+def check_kind(file: InputFile, settings: CorpusSettings) -> None:
+    """Raises `UserError` if a file always has pairs but the records are not pairs."""
+    if file.kind in ("tsv", "tmx") and settings.tabs is None:
+        lines = "tab-separated lines are" if file.kind == "tsv" else "a translation memory has"
+        raise UserError(f"{lines} pairs: {file.name}: use --format pairs")
 
 
 class CorpusReader:
@@ -1024,10 +1047,20 @@ def _read_table(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
         ) from error
     num_bytes = 0
     first_row = 1
-    batches = _parquet_batches if file.kind == "parquet" else arrow_batches
     with open_input(file) as stream:
         try:
-            for batch, share in batches(stream, file.name, settings.columns):
+            if file.kind == "parquet":
+                batches = _parquet_batches(stream, file.name, settings.columns)
+            else:
+                assert file.path is not None
+                batches = arrow_batches(stream, file.path, file.name, settings.columns)
+            for batch, share in batches:
+                if file.kind == "arrow" and batch.nbytes > MAX_ROW_GROUP_BYTES:
+                    raise UserError(
+                        f"batch too large: {file.name}: the batch from row {first_row} on has "
+                        f"{batch.nbytes:,} bytes: write the file in batches of at most "
+                        f"{MAX_ROW_GROUP_BYTES:,} bytes, or as parquet"
+                    )
                 sizes = _content_sizes(batch, settings.max_record_bytes)
                 # Records that are dropped as too large take time to decode as well.
                 num_bytes += batch.nbytes if sizes is None else int(sizes.sum())

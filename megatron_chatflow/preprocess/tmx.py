@@ -57,20 +57,24 @@ class TmxParser:
         self._parts: list[str] | None = None  # of the text that is being read
         self._num_ignored_levels = 0
         self._num_text_bytes = 0  # of the unit
+        self._num_bytes_fed = 0
         parser: Any = expat.ParserCreate(encoding)
         parser.buffer_text = True
         parser.StartElementHandler = self._start
         parser.EndElementHandler = self._end
         parser.CharacterDataHandler = self._add_text
         parser.EntityDeclHandler = self._refuse_entity
+        parser.SkippedEntityHandler = self._refuse_unknown_entity
         self._parser = parser
 
     def feed(self, block: bytes, *, is_last: bool = False) -> None:
         """Parses the next bytes of the file.
 
         Raises:
-            UserError: The file is not well-formed XML, is not TMX, or declares entities.
+            UserError: The file is not well-formed XML, is not TMX, declares entities or uses
+                unknown ones, or has a tag or comment larger than ``max_record_bytes``.
         """
+        self._num_bytes_fed += len(block)
         try:
             self._parser.Parse(block, is_last)
         except expat.ExpatError as error:
@@ -83,9 +87,19 @@ class TmxParser:
                 f"cannot read: {self._name}: {error}: set --encoding to the file's encoding"
             ) from error
 
+        # expat keeps what it cannot parse yet. Text is parsed in parts, but a tag only as a whole.
+        num_kept = self._num_bytes_fed - max(self._parser.CurrentByteIndex, 0)
+        if not is_last and num_kept > self._max_record_bytes + len(block):
+            raise UserError(
+                f"malformed XML: {self._name}:{self._parser.CurrentLineNumber}: a tag or comment "
+                f"is larger than --max-record-bytes ({self._max_record_bytes}): correct the file"
+            )
+
     def _start(self, element: str, attributes: dict[str, str]) -> None:
+        # The names of TMX are in lower case, but some tools write capitals.
+        element = element.lower()
         if not self._is_tmx:
-            if element.lower() != "tmx":
+            if element != "tmx":
                 raise UserError(
                     f"not TMX: {self._name}: its first element is {element:.40}: convert it to "
                     "TMX, tsv or jsonl"
@@ -94,16 +108,18 @@ class TmxParser:
         if element == "tu":
             self._texts, self._props, self._num_text_bytes = [], {}, 0
         elif element == "tuv":
-            self._language = attributes.get("xml:lang") or attributes.get("lang") or ""
+            names = {name.lower(): value for name, value in attributes.items()}
+            self._language = names.get("xml:lang") or names.get("lang") or ""
         elif element == "seg":
             self._parts, self._num_ignored_levels = [], 0
         elif element == "prop":
-            self._prop = attributes.get("type", "")
+            self._prop = {name.lower(): value for name, value in attributes.items()}.get("type", "")
             self._parts = []
         elif self._parts is not None and (self._num_ignored_levels or element in _NATIVE_CODES):
             self._num_ignored_levels += 1
 
     def _end(self, element: str) -> None:
+        element = element.lower()
         if element == "seg":
             self._texts.append((self._language, "".join(self._parts or [])))
             self._parts = None
@@ -143,6 +159,13 @@ class TmxParser:
         raise UserError(
             f"refused: {self._name}: declares the XML entity {entity:.40}: replace entities by "
             "their text"
+        )
+
+    def _refuse_unknown_entity(self, entity: str, _: bool) -> NoReturn:
+        # With a document type, expat leaves out entities that the file does not declare.
+        raise UserError(
+            f"refused: {self._name}:{self._parser.CurrentLineNumber}: the XML entity {entity:.40} "
+            "is not declared: replace it by its text"
         )
 
 

@@ -14,6 +14,7 @@ from preprocess_jobs import Jobs
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess import compressed, readers
+from megatron_chatflow.preprocess.arrow import arrow_batches
 from megatron_chatflow.preprocess.merge import merge_datasets
 from megatron_chatflow.preprocess.parse import parse_chunk
 from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
@@ -209,6 +210,33 @@ def test_damaged_arrow_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert "a.arrow has no end mark, so it may be truncated" in caplog.messages
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_batches_that_are_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    path = tmp_path / "a.arrow"
+    write_arrow(path, make_table(), is_stream=is_stream)
+    size = make_table().select(["text"]).slice(0, 100).combine_chunks().nbytes
+    monkeypatch.setattr(readers, "MAX_ROW_GROUP_BYTES", 2 * size)
+    assert texts_of(path) == (TEXTS, {})
+    monkeypatch.setattr(readers, "MAX_ROW_GROUP_BYTES", size // 2)
+    with pytest.raises(UserError, match=r"batch too large: a.arrow: the batch from row 1 on has"):
+        texts_of(path)
+
+
+def test_local_arrow_files_are_not_copied_to_memory(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.arrow"
+    table = pyarrow.table({"text": ["x" * (1 << 20)] * 64})
+    write_arrow(path, table, is_stream=True)
+    del table
+    before = pyarrow.total_allocated_bytes()
+    with path.open("rb") as stream:
+        for batch, _ in arrow_batches(stream, path, path.name, None):
+            assert batch.nbytes >= 1 << 26
+            assert pyarrow.total_allocated_bytes() - before < 1 << 20
+
+
 def save(folder: Path, *, num_files: int = 2) -> None:
     """Writes a data set as `datasets.Dataset.save_to_disk` does."""
     folder.mkdir(parents=True)
@@ -229,6 +257,16 @@ def test_saved_data_sets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert texts_of(folder) == (TEXTS, {})
     assert texts_of(tmp_path) == (TEXTS, {})
     assert "1 cached .arrow, 1 dataset_info.json, 1 state.json" in caplog.messages[0]
+    caplog.clear()
+    assert texts_of(folder / "*.arrow") == (TEXTS, {})
+    assert caplog.messages == [f"ignored in {folder}/*.arrow: 1 cached .arrow"]
+    assert texts_of(folder / "cache-1a2b.arrow") == (TEXTS, {})
+    last = folder / "data-00001-of-00002.arrow"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-8])
+    with pytest.raises(UserError, match="saved/data-00001-of-00002.arrow: it is truncated: copy"):
+        texts_of(tmp_path)
+    last.write_bytes(whole)
     (folder / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(UserError, match=r"incomplete data set: .*data-00001-of-00002.arrow is"):
         texts_of(folder)

@@ -147,6 +147,16 @@ def test_settings_that_cannot_work(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) 
     languages._model.cache_clear()
 
 
+@pytest.mark.parametrize("name", ["a.tsv", "a.tmx", "a.tsv.gz"])
+def test_files_of_pairs_are_refused_before_a_job_of_text_begins(jobs: Jobs, name: str) -> None:
+    (jobs.folder / name).write_bytes(b"")
+    text = jobs.lines("0.jsonl", [{"text": "bana"}])
+    with pytest.raises(UserError, match=f"pairs: {name}: use --format pairs"):
+        # The tokenizer would be loaded before any file is read.
+        jobs.model = jobs.folder / "missing"
+        jobs.run(text, str(jobs.folder / name))
+
+
 def test_scores_of_json_lines() -> None:
     records: list[dict[str, Any]] = [
         {"en": "a", "zh": "b", "m": {"score": 0.9}},

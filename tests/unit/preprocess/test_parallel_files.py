@@ -330,6 +330,16 @@ UNITS = [unit(en=en, zh=zh) for en, zh in PAIRS]
         ),
         ([unit(en="x" * 900, zh="b"), *UNITS[:1]], {}, PAIRS[:1], {"record_too_large": 1}),
         ([unit(en="", zh="b")], {}, [], {"empty_side": 1}),
+        (
+            [
+                '<TU><PROP TYPE="score">1</PROP><TUV XML:LANG="EN"><SEG>a <BPT>x</BPT>b</SEG></TUV>'
+                '<Tuv Lang="zh"><Seg>c</Seg></Tuv></TU>'
+            ],
+            {"min_score": 0.5},
+            [("a b", "c")],
+            {},
+        ),
+        ([f"<!--{'x' * 700}-->{UNITS[0]}"], {}, PAIRS[:1], {}),
         ([], {}, [], {}),
     ],
 )
@@ -376,6 +386,20 @@ EXTERNAL = '<!DOCTYPE tmx [<!ENTITY x SYSTEM "file:///etc/hostname">]>'
         (tmx([unit(en="a < b", zh="c")]), "malformed XML: a.tmx:5: "),
         (tmx([unit(en="&b;", zh="c")], BOMB), "refused: a.tmx: declares the XML entity a"),
         (tmx([unit(en="&x;", zh="c")], EXTERNAL), "declares the XML entity x"),
+        (
+            tmx([unit(en="a&nbsp;b", zh="c")], '<!DOCTYPE tmx SYSTEM "tmx14.dtd">'),
+            "refused: a.tmx:5: the XML entity nbsp is not declared: replace it by its text",
+        ),
+        (tmx([unit(en="a&nbsp;b", zh="c")]), "malformed XML: a.tmx:5: undefined entity"),
+        (
+            tmx([f"<!--{'x' * 3000}-->"]),
+            r"a.tmx:\d: a tag or comment is larger than --max-record-b",
+        ),
+        (
+            tmx([f'<tu a="{"x" * 3000}"></tu>']),
+            "a tag or comment is larger than --max-record-bytes",
+        ),
+        (f"<!--{'x' * 3000}-->{tmx([])}", "a tag or comment is larger than --max-record-bytes"),
         ("<xliff><file/></xliff>", "not TMX: a.tmx: its first element is xliff"),
         ("", "malformed XML: a.tmx:1: no element found"),
         ("en\tzh\n", "malformed XML: a.tmx:1: "),
@@ -388,7 +412,13 @@ EXTERNAL = '<!DOCTYPE tmx [<!ENTITY x SYSTEM "file:///etc/hostname">]>'
 def test_tmx_that_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.tmx").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        read_pairs(tmp_path / "a.tmx")
+        read_pairs(tmp_path / "a.tmx", max_record_bytes=800)
+
+
+def test_capitals_in_tmx(tmp_path: Path) -> None:
+    text = tmx(UNITS).replace("tmx", "TMX").replace("body", "BODY")
+    (tmp_path / "a.tmx").write_text(text, encoding="utf-8")
+    assert read_pairs(tmp_path / "a.tmx") == (PAIRS, {})
 
 
 def test_a_document_type_that_names_a_file_is_harmless(tmp_path: Path) -> None:

@@ -108,6 +108,39 @@ def test_a_dataset_beside_its_sidecar_is_not_input(object_store: ObjectStore) ->
     assert [file.name for file in find_inputs(["s3://corpora/in"])] == ["a.jsonl"]
 
 
+def test_saved_data_sets(jobs: Jobs, object_store: ObjectStore) -> None:
+    """Folders and globs of URLs leave out caches and refuse splits as local folders do."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(records(30))
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content = sink.getvalue().to_pybytes()
+    state = json.dumps({"_data_files": [{"filename": "data-0.arrow"}]}).encode()
+    for split in ("train", "test"):
+        object_store.put(f"in/{split}/data-0.arrow", content)
+        object_store.put(f"in/{split}/cache-1.arrow", content)
+        object_store.put(f"in/{split}/state.json", state)
+
+    def names(*inputs: str) -> list[str]:
+        return [file.name for file in find_inputs(inputs)]
+
+    assert names("s3://corpora/in/train") == ["data-0.arrow"]
+    assert names("s3://corpora/in") == ["test/data-0.arrow", "train/data-0.arrow"]
+    assert names("s3://corpora/in/train/*.arrow") == ["data-0.arrow"]
+    assert names("s3://corpora/in/train/cache-1.arrow") == ["cache-1.arrow"]
+    object_store.put("in/dataset_dict.json", b'{"splits": ["train", "test"]}')
+    with pytest.raises(UserError, match=r"several splits: s3://corpora/in: .*corpora/in/train"):
+        names("s3://corpora/in")
+    assert run_remotely(jobs, "s3://corpora/in/train")["num_documents"] == 30
+    object_store.put("in/train/data-0.arrow", content[:-8])
+    with pytest.raises(UserError, match="data-0.arrow: it is truncated"):
+        run_remotely(jobs, "s3://corpora/in/train", overwrite=True)
+    object_store.put("in/train/state.json", state.replace(b"data-0", b"data-1"))
+    with pytest.raises(UserError, match=r"incomplete data set: .*train: data-1.arrow is missing"):
+        names("s3://corpora/in/train")
+
+
 def test_parquet_is_read_in_place(jobs: Jobs, object_store: ObjectStore) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
