@@ -24,7 +24,7 @@ from megatron_chatflow.config.validation import REMOVED
 from megatron_chatflow.errors import run_main
 from megatron_chatflow.runtime.exit_reporter import ExitReporter
 from megatron_chatflow.runtime.launch import finalize, initialize, use_deterministic_algorithms
-from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
+from megatron_chatflow.runtime.ranks import ProcessRank, Ranks, run_on_all_ranks
 from megatron_chatflow.training.remote_inputs import fetch_inputs
 
 logger = logging.getLogger("megatron_chatflow")
@@ -119,8 +119,9 @@ def train(config: RunConfig) -> None:
 
 
 def _initialize_and_train(config: RunConfig) -> None:
-    validate_for_world(config, ProcessRank.from_environment().world_size)
-    fetch_inputs(config)
+    process = ProcessRank.from_environment()
+    validate_for_world(config, process.world_size)
+    fetch_inputs(config, rank=process.rank, local_rank=process.local_rank)
     parallel = config.parallel
     if config.train.deterministic_mode:
         use_deterministic_algorithms()
@@ -132,6 +133,7 @@ def _initialize_and_train(config: RunConfig) -> None:
         seed=config.train.seed,
         timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
     )
+    run_on_all_ranks(lambda: None)  # no rank may read what others still copy
     if ranks.is_reporter:
         logger.info("resolved configuration:\n%s", config.to_yaml())
     run_training(config, ranks)

@@ -694,16 +694,17 @@ def download(
         UserError: The disk is full or not writable, or the copy is damaged.
         RemoteError: The file cannot be read.
     """
-    record = target.with_name(f".{target.name}.remote.json")
+    record = _record(target)
     partial = target.with_name(f".{target.name}.{file.version}{PARTIAL_SUFFIX}")
-    if _is_copy(target, record, file):
+    if is_copy(target, file):
         return False
     with as_user_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock.acquire(partial, wait=True, for_writing=True)
     assert lock is not None
+    check_lock(lock, target.parent)
     try:
-        if _is_copy(target, record, file):  # by the process that had the lock
+        if is_copy(target, file):  # by the process that had the lock
             return False
         _copy(file, partial, target)
         damage = None if find_damage is None else find_damage(partial)
@@ -731,9 +732,24 @@ def download(
     return True
 
 
-def _is_copy(target: Path, record: Path, file: RemoteFile) -> bool:
+def check_lock(lock: FileLock, folder: Path) -> None:
+    """Raises `UserError` if a lock in the cache does not exclude the node's other processes."""
+    if not lock.is_effective and folder.is_relative_to(cache_folder()):
+        lock.release(remove=False)
+        raise UserError(
+            f"{folder}: its file system has no file locks, without which processes would write the "
+            f"same copies; set {CACHE_VARIABLE} to a folder on a local disk"
+        )
+
+
+def _record(target: Path) -> Path:
+    return target.with_name(f".{target.name}.remote.json")
+
+
+def is_copy(target: Path, file: RemoteFile) -> bool:
+    """Returns whether `download` has copied this version of a file to a path."""
     with suppress(OSError, ValueError):
-        content = json.loads(record.read_bytes())
+        content = json.loads(_record(target).read_bytes())
         size = target.stat().st_size
         return bool(content == {"version": file.version, "num_bytes": size})
     return False

@@ -580,6 +580,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock.acquire(folder / ".fetch.lock", wait=True, for_writing=True)
     assert lock is not None
+    remote.check_lock(lock, folder)
     try:
         yield
     finally:

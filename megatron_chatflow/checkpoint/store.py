@@ -185,6 +185,7 @@ class CheckpointSaver:
         self._has_copy = config.checkpoint.async_save
         self._job = draw_job_id(ranks.device)
         self._num_saves = 0
+        self._num_upload_waits = 0
         self._sent_plan: Plan | None = None
         self._plans: dict[int, Plan] = {}
 
@@ -270,11 +271,18 @@ class CheckpointSaver:
         return self._durable
 
     def finish_uploads(self) -> str | None:
-        """Waits for the uploads of this rank; not a collective.
+        """Waits until rank 0 has uploaded everything or failed; every rank calls it.
 
-        Returns what failed; None if nothing did, or if this rank has nothing to upload.
+        A rank that exited earlier would make torchrun terminate the upload. There is no timeout of
+        a collective.
+
+        Returns what failed; None if nothing did, or on ranks that upload nothing.
         """
-        return None if self._uploader is None else self._uploader.finish(self._on_progress)
+        if self._uploader is None and self._config.checkpoint.save_remote is None:
+            return None
+        self._num_upload_waits += 1
+        reports = SaveReports(f"{self._job}/uploads/{self._num_upload_waits}")
+        return wait_for_uploads(self._uploader, reports, self._on_progress)
 
     def take_upload_results(self) -> list[UploadResult]:
         """Returns the outcomes of this rank's uploads since the last call."""
@@ -369,6 +377,19 @@ class CheckpointSaver:
         if self._ranks.is_reporter:
             shutil.rmtree(temporary, ignore_errors=True)
         return False
+
+
+def wait_for_uploads(
+    uploader: CheckpointUploader | None, reports: SaveReports, on_progress: OnProgress
+) -> str | None:
+    """Waits until the rank with the uploader has finished; see `CheckpointUploader.finish`."""
+    if uploader is None:
+        reports.wait_for_end(on_progress, lambda: False)
+        return None
+    try:
+        return uploader.finish(on_progress)
+    finally:
+        reports.end()
 
 
 def _written_now(write: Write, on_progress: OnProgress) -> Write:

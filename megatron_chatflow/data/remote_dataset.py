@@ -19,7 +19,7 @@ from megatron_chatflow.data.sidecar import (
     sidecar_path,
 )
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import is_url
+from megatron_chatflow.files import as_user_error, is_url, write_atomically
 from megatron_chatflow.remote import CachedPath, RemoteError, RemoteFile
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,9 @@ _NUM_DATASETS = 4  # datasets that are copied at the same time
 def fetch_dataset(url: str) -> CachedPath:
     """Copies a dataset, its loss mask and its sidecar to the local disk, unless they are there.
 
-    If the store cannot be reached and a complete copy exists, the copy is used with a warning.
+    If the store cannot be reached and a complete copy exists, the copy is used with a warning. A
+    copy is complete from when its last file was copied until the first file of another version is;
+    the file ``.NAME.complete`` records this.
 
     Args:
         url: The prefix of the dataset, without ``.bin`` or ``.idx``.
@@ -45,11 +47,12 @@ def fetch_dataset(url: str) -> CachedPath:
     prefix = CachedPath.of(url)
     mask = loss_mask_prefix(prefix)
     required = [idx_path(prefix), bin_path(prefix)]
+    complete = prefix.with_name(f".{prefix.name}.complete")
     optional = [sidecar_path(prefix), idx_path(mask), bin_path(mask)]
     try:
         found = {path: remote.stat(_url_of(path, url)) for path in [*optional, *required]}
     except RemoteError as error:
-        if not all(path.exists() for path in required):
+        if not all(path.exists() for path in (*required, complete)):
             raise
         logger.warning("%s; using the copy from an earlier run: %s", error, prefix)
         return prefix
@@ -59,6 +62,12 @@ def fetch_dataset(url: str) -> CachedPath:
                 f"cannot open dataset: {remote.mask(_url_of(path, url))}: no such file: "
                 "check the URL, which must be given without .bin or .idx"
             )
+    if not all(
+        path.exists() is False if file is None else remote.is_copy(path, file)
+        for path, file in found.items()
+    ):
+        with as_user_error(complete):
+            complete.unlink(missing_ok=True)
     sidecar = found.pop(sidecar_path(prefix))
     hashes: dict[str, str] = {}
     if sidecar is not None:
@@ -84,6 +93,9 @@ def fetch_dataset(url: str) -> CachedPath:
         digest = hashes.get(names.get(path, ""))
         check = None if digest is None else remote.sha256_damage(digest)
         remote.download(file, path, find_damage=check)
+    with as_user_error(complete):
+        if not complete.exists():
+            write_atomically(complete, "")
     return prefix
 
 

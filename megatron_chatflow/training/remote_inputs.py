@@ -1,7 +1,8 @@
 """Copies what a run reads from URLs to the local disk before the run starts.
 
 Everything after this reads local files. Every process calls `fetch_inputs` before the job's
-processes meet; those of one node wait for each other at locks.
+processes meet. The first of each node fills the node's cache, and rank 0 the run's folder, which
+all nodes share. Nothing reads either before the processes have met.
 """
 
 import logging
@@ -10,6 +11,7 @@ from pathlib import Path
 from megatron_chatflow import remote
 from megatron_chatflow.checkpoint.files import LATEST, latest_iteration
 from megatron_chatflow.checkpoint.remote import (
+    adopt_run,
     check_new_run,
     claim_run,
     fetch_newer_checkpoint,
@@ -23,24 +25,33 @@ from megatron_chatflow.remote import CachedPath
 logger = logging.getLogger(__name__)
 
 
-def fetch_inputs(config: RunConfig, *, is_dry_run: bool = False) -> None:
+def fetch_inputs(
+    config: RunConfig, *, rank: int = 0, local_rank: int = 0, is_dry_run: bool = False
+) -> None:
     """Copies the datasets and checkpoints of a configuration that are named by URLs.
 
-    A dry run copies only what it reads, and nothing into the run's folder.
+    A dry run copies the same, but nothing into the run's folder.
+
+    Args:
+        config: The configuration.
+        rank: Rank of this process in the job.
+        local_rank: Its rank on its node.
+        is_dry_run: Whether to write nothing but the cache.
 
     Raises:
         UserError: Something is missing or damaged, or the disk is full.
         RemoteError: A store cannot be reached.
     """
-    fetch_sources(config)
     checkpoint = config.checkpoint
-    for path in (checkpoint.load, checkpoint.pretrained_checkpoint):
-        if isinstance(path, CachedPath):
-            fetch_run(path.url, path)
-    if isinstance(checkpoint.load_hf, CachedPath):
-        suffixes = (*SMALL_HUGGINGFACE_FILES, ".safetensors")
-        remote.download_folder(checkpoint.load_hf, suffixes, "config.json")
-    if checkpoint.save_remote is None or checkpoint.save is None:
+    if local_rank == 0:
+        fetch_sources(config)
+        for path in (checkpoint.load, checkpoint.pretrained_checkpoint):
+            if isinstance(path, CachedPath):
+                fetch_run(path.url, path)
+        if isinstance(checkpoint.load_hf, CachedPath):
+            suffixes = (*SMALL_HUGGINGFACE_FILES, ".safetensors")
+            remote.download_folder(checkpoint.load_hf, suffixes, "config.json")
+    if checkpoint.save_remote is None or checkpoint.save is None or rank != 0:
         return
     root, url = Path(checkpoint.save), checkpoint.save_remote
     load = checkpoint.load
@@ -51,6 +62,8 @@ def fetch_inputs(config: RunConfig, *, is_dry_run: bool = False) -> None:
             fetch_newer_checkpoint(root, url)
     elif checkpoint.finetune or not isinstance(load, CachedPath) or load.url != url:
         check_new_run(root, url)
+    elif not is_dry_run:
+        adopt_run(root, url)
     if not is_dry_run:
         claim_run(root)
 

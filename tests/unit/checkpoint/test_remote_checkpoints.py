@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from object_store import ObjectStore
+from torch.distributed import HashStore
 
 from megatron_chatflow import remote
 from megatron_chatflow.checkpoint import remote as copies
+from megatron_chatflow.checkpoint import writer
 from megatron_chatflow.checkpoint.direct_file import hash_file
 from megatron_chatflow.checkpoint.files import (
     LATEST,
@@ -32,6 +34,8 @@ from megatron_chatflow.checkpoint.remote import (
     fetch_newer_checkpoint,
     fetch_run,
 )
+from megatron_chatflow.checkpoint.store import wait_for_uploads
+from megatron_chatflow.checkpoint.writer import SaveReports
 from megatron_chatflow.errors import UserError
 
 URL = "s3://corpora/runs/a"
@@ -703,3 +707,35 @@ def test_a_checkpoint_without_hashes_is_copied_once(
     object_store.put("runs/a/iter_0000005/.metadata", b"new")
     fetch_run(f"{URL}/iter_0000005", copy)
     assert content(copy)[".metadata"] == b"new"
+
+
+def test_ranks_without_uploads_wait_for_those_of_rank_0(
+    root: Path,
+    object_store: ObjectStore,
+    uploaders: list[CheckpointUploader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow, meeting = SlowUpload(monkeypatch), HashStore()
+    monkeypatch.setattr(writer, "_get_default_store", lambda: meeting)
+    make_checkpoint(root, 5)
+    heartbeats: list[None] = []
+    others = [
+        threading.Thread(
+            target=wait_for_uploads,
+            args=(None, SaveReports("a"), lambda: heartbeats.append(None)),
+            daemon=True,
+        )
+        for _ in range(2)
+    ]
+    for one in others:
+        one.start()
+    uploader = start(uploaders, root)
+    uploader.submit(5)
+    assert slow.begun.wait(20)
+    time.sleep(0.3)
+    assert all(one.is_alive() for one in others) and heartbeats
+    slow.go_on.set()
+    assert wait_for_uploads(uploader, SaveReports("a"), lambda: None) is None
+    for one in others:
+        one.join(20)
+        assert not one.is_alive()

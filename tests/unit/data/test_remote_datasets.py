@@ -1,6 +1,9 @@
 """Tests local copies of datasets on an S3 server, and runs that read them."""
 
+import errno
+import fcntl
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -110,6 +113,70 @@ def test_a_run_reads_the_same_samples(tiny_run: TinyRun, object_store: ObjectSto
     for one, other in zip(local.sources, copied.sources, strict=True):
         assert one.fingerprint() == other.fingerprint()
         assert one.sample(3).tokens.tolist() == other.sample(3).tokens.tolist()
+
+
+def test_one_process_of_a_node_copies(
+    tiny_run: TinyRun, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    flags = ["--save", str(tmp_path / "run"), "--save-remote", "s3://corpora/run"]
+    remote_config(tiny_run, object_store)
+    config = load_config(tiny_run.folder / "remote.yaml", flags)
+    object_store.proxy.num_bytes = 0
+    fetch_inputs(config, rank=1, local_rank=1)
+    assert object_store.proxy.num_bytes == 0 and not (tmp_path / "run").exists()
+    fetch_inputs(config, rank=2, local_rank=0)  # of the second node
+    assert (remote.cache_folder() / "s3/corpora/tokens/first_text_document.bin").exists()
+    assert not (tmp_path / "run").exists()
+    fetch_inputs(config, rank=0, local_rank=0)
+    assert (tmp_path / "run" / "run_id.txt").exists()
+
+
+def test_a_run_that_loads_from_its_folder_on_the_store_takes_its_id(
+    tiny_run: TinyRun, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    url = "s3://corpora/run"
+    object_store.put("run/run_id.txt", b"theirs\n")
+    flags = ["--save", str(tmp_path / "run"), "--save-remote", url, "--load", url]
+    fetch_inputs(load_config(tiny_run.config, flags))
+    assert (tmp_path / "run" / "run_id.txt").read_bytes() == b"theirs\n"
+
+
+def test_a_cache_without_file_locks_is_refused(chats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=f"no file locks.*set {remote.CACHE_VARIABLE}"):
+        fetch_dataset(chats)
+
+
+def test_a_mixed_copy_is_not_used_when_the_store_is_down(
+    chats: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "NUM_ATTEMPTS", 1)
+    prefix = fetch_dataset(chats)
+    object_store.proxy.go_down()
+    assert fetch_dataset(chats) == prefix
+    object_store.proxy.is_down = False
+    for path in prefix.parent.glob("a_messages*.json"):
+        object_store.client().delete_object(Bucket="corpora", Key=f"tokens/{path.name}")
+    for suffix in (".bin", ".idx"):
+        object_store.put(f"tokens/a_messages_document{suffix}", b"new")
+    real = remote.download
+
+    def interrupted(file: remote.RemoteFile, path: Path, **options: Any) -> bool:
+        if path.suffix == ".bin":
+            object_store.proxy.go_down()
+        return real(file, path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot read"):
+        patch.setattr(remote, "download", interrupted)
+        fetch_dataset(chats)
+    with pytest.raises(UserError, match="cannot read"):
+        fetch_dataset(chats)
+    object_store.proxy.is_down = False
+    fetch_dataset(chats)
+    assert prefix.with_suffix(".bin").read_bytes() == b"new"
 
 
 def test_the_recorded_configuration_has_the_urls(
