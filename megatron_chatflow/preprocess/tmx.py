@@ -14,6 +14,10 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.languages import find_language
 from megatron_chatflow.preprocess.records import OversizedRecord, Placeholder, RejectedRecord
 
+# What a variant or a property counts towards the size of its unit in addition to its text, so that
+# the memory of a unit with many empty ones is limited too.
+_ELEMENT_BYTES = 64
+_MAX_DEPTH = 100  # of elements; expat keeps all that are open
 _NATIVE_CODES = frozenset(["bpt", "ept", "it", "ph", "ut"])
 
 
@@ -58,6 +62,7 @@ class TmxParser:
         self._num_ignored_levels = 0
         self._num_text_bytes = 0  # of the unit
         self._num_bytes_fed = 0
+        self._depth = 0
         parser: Any = expat.ParserCreate(encoding)
         parser.buffer_text = True
         parser.StartElementHandler = self._start
@@ -105,6 +110,12 @@ class TmxParser:
                     "TMX, tsv or jsonl"
                 )
             self._is_tmx = True
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise UserError(
+                f"malformed XML: {self._name}:{self._parser.CurrentLineNumber}: more than "
+                f"{_MAX_DEPTH} elements in each other: correct the file"
+            )
         if element == "tu":
             self._texts, self._props, self._num_text_bytes = [], {}, 0
         elif element == "tuv":
@@ -120,12 +131,18 @@ class TmxParser:
 
     def _end(self, element: str) -> None:
         element = element.lower()
-        if element == "seg":
-            self._texts.append((self._language, "".join(self._parts or [])))
+        self._depth -= 1
+        if element in ("seg", "prop"):
+            text = "".join(self._parts or [])
             self._parts = None
-        elif element == "prop":
-            self._props.setdefault(self._prop, "".join(self._parts or []).strip())
-            self._parts = None
+            title = self._language if element == "seg" else self._prop
+            self._num_text_bytes += _ELEMENT_BYTES + len(title)
+            if self._num_text_bytes > self._max_record_bytes:
+                return
+            if element == "seg":
+                self._texts.append((title, text))
+            else:
+                self._props.setdefault(title, text.strip())
         elif element == "tu":
             self.rows.append(self._unit())
             self._texts = []

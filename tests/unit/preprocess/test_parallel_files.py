@@ -340,6 +340,13 @@ UNITS = [unit(en=en, zh=zh) for en, zh in PAIRS]
             {},
         ),
         ([f"<!--{'x' * 700}-->{UNITS[0]}"], {}, PAIRS[:1], {}),
+        (
+            [f"<tu>{'<tuv><seg/></tuv>' * 99}{unit(en='a', zh='b')[4:]}", UNITS[0]],
+            {},
+            PAIRS[:1],
+            {"record_too_large": 1},
+        ),
+        ([unit(en=f"{'<hi>' * 50}a{'</hi>' * 50}", zh="b")], {}, [("a", "b")], {}),
         ([], {}, [], {}),
     ],
 )
@@ -399,6 +406,7 @@ EXTERNAL = '<!DOCTYPE tmx [<!ENTITY x SYSTEM "file:///etc/hostname">]>'
             tmx([f'<tu a="{"x" * 3000}"></tu>']),
             "a tag or comment is larger than --max-record-bytes",
         ),
+        (tmx([unit(en="<hi>" * 200 + "a")]), "a.tmx:5: more than 100 elements in each other"),
         (f"<!--{'x' * 3000}-->{tmx([])}", "a tag or comment is larger than --max-record-bytes"),
         ("<xliff><file/></xliff>", "not TMX: a.tmx: its first element is xliff"),
         ("", "malformed XML: a.tmx:1: no element found"),
