@@ -8,7 +8,7 @@ but not to `zh-TW`.
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from megatron_chatflow.errors import UserError
@@ -32,7 +32,8 @@ def is_variant(tag: str, code: str) -> bool:
     return tag == code or tag.startswith(f"{code}-")
 
 
-def matching_code(tag: str, codes: Sequence[str]) -> int | None:
+@lru_cache(1024)  # called for every text of a translation memory, with few different tags
+def matching_code(tag: str, codes: tuple[str, ...]) -> int | None:
     """Returns the index of the longest of the codes that a tag is a variant of, else None.
 
     Of "zh" and "zh-TW", "zh-TW" therefore belongs to the second only.
@@ -41,15 +42,17 @@ def matching_code(tag: str, codes: Sequence[str]) -> int | None:
     return max(found, key=lambda k: len(codes[k]), default=None)
 
 
-def find_language(tags: Sequence[str], code: str, codes: Sequence[str]) -> int | None:
+def find_language(tags: Sequence[str], code: str, codes: tuple[str, ...]) -> int | None:
     """Returns the index of the tag that is ``code``, else of its first variant, else None.
 
     Variants that belong to another of the ``codes``, as in `matching_code`, are left out.
     """
     position = codes.index(code)
     variants = [k for k, tag in enumerate(tags) if matching_code(tag, codes) == position]
-    exact = [k for k in variants if _normalized(tags[k]) == _normalized(code)]
-    return next(iter([*exact, *variants]), None)
+    if len(variants) > 1:
+        exact = [k for k in variants if _normalized(tags[k]) == _normalized(code)]
+        variants = [*exact, *variants]
+    return variants[0] if variants else None
 
 
 def is_identified_as_other(text: str, code: str) -> bool:

@@ -18,6 +18,7 @@ from megatron_chatflow.preprocess.records import OversizedRecord, Placeholder, R
 # the memory of a unit with many empty ones is limited too.
 _ELEMENT_BYTES = 64
 _MAX_DEPTH = 100  # of elements; expat keeps all that are open
+_MAX_TAG_CHARACTERS = 100  # no language code is longer, and tags are cached
 _NATIVE_CODES = frozenset(["bpt", "ept", "it", "ph", "ut"])
 
 
@@ -119,12 +120,12 @@ class TmxParser:
         if element == "tu":
             self._texts, self._props, self._num_text_bytes = [], {}, 0
         elif element == "tuv":
-            names = {name.lower(): value for name, value in attributes.items()}
-            self._language = names.get("xml:lang") or names.get("lang") or ""
+            language = _attribute(attributes, "xml:lang") or _attribute(attributes, "lang")
+            self._language = language[:_MAX_TAG_CHARACTERS]
         elif element == "seg":
             self._parts, self._num_ignored_levels = [], 0
         elif element == "prop":
-            self._prop = {name.lower(): value for name, value in attributes.items()}.get("type", "")
+            self._prop = _attribute(attributes, "type")
             self._parts = []
         elif self._parts is not None and (self._num_ignored_levels or element in _NATIVE_CODES):
             self._num_ignored_levels += 1
@@ -184,6 +185,13 @@ class TmxParser:
             f"refused: {self._name}:{self._parser.CurrentLineNumber}: the XML entity {entity:.40} "
             "is not declared: replace it by its text"
         )
+
+
+def _attribute(attributes: dict[str, str], name: str) -> str:
+    """Returns an attribute whose name may be in capitals; an empty text if there is none."""
+    if name in attributes:
+        return attributes[name]
+    return next((value for key, value in attributes.items() if key.lower() == name), "")
 
 
 def read_tmx(
