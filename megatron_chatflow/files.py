@@ -47,7 +47,13 @@ PARTIAL_SUFFIX = ".partial"
 _LARGE_BYTES = 1 << 22  # blocks of this size or more are hashed in a second thread
 _PROBE_BYTES = 4096
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path collapses the two slashes
-_USER = re.compile(r"/[^/@]*@")
+# As in `remote`, but with one slash or two.
+_USER = re.compile(
+    r"(:/+)(?:(?:(?<!http:/)(?<!http://)(?<!https:/)(?<!https://)|(?=[^/:@]*:(?!\d{1,5}/)))"
+    r"[^/:@]*:.*|[^/]*)@",
+    re.IGNORECASE,
+)
+_QUERY = re.compile(r"([?#]).*", re.DOTALL)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 _PARTIAL, _OLD = "partial", "old"
 _LEFTOVER = re.compile(rf"\.(.+)\.([\w-]+)\.([0-9a-f]{{8}})\.({_PARTIAL}|{_OLD})")
@@ -204,9 +210,10 @@ def is_url(path: str | Path) -> bool:
 def refuse_url(path: str | Path) -> None:
     """Raises `UserError` if a path is a URL such as ``s3://bucket/name``."""
     if _URL.match(str(path)):
+        shown = _QUERY.sub(r"\1***", _USER.sub(r"\1***@", str(path)))
         raise UserError(
-            f"{_USER.sub('/***@', str(path))}: is a URL, and only local paths are supported "
-            "here: copy it to a disk, or mount the bucket, and give the path there"
+            f"{shown}: is a URL, and only local paths are supported here: copy it to a disk, or "
+            "mount the bucket, and give the path there"
         )
 
 

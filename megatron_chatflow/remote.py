@@ -1,7 +1,8 @@
 """Files on object stores and web servers, named by URLs and reached through fsspec.
 
-This is the only module that imports fsspec. It is imported only when a path is a URL, so local
-paths take the same code as without it. ``file://`` URLs are local paths.
+This is the only module that imports fsspec, which happens with the first request. Local paths are
+only looked at by `parse_location`, and then take the same code as without this module.
+``file://`` URLs are local paths.
 
 * `parse_location` checks a path or URL from the user. URLs with credentials are refused, because
   settings are written to logs, `config.yaml` and metrics; credentials belong into the environment
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PosixPath
 from typing import IO, Any, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from megatron_chatflow.errors import LocalError, UserError
 from megatron_chatflow.files import (
@@ -68,13 +69,19 @@ _PACKAGES = {
 }
 _WEB = ("http", "https")
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-_USER = re.compile(r"(://)[^/@\s]*@")
-_QUERY = re.compile(r"\?[^\s'\"]*")
-_SECRET = re.compile(
-    r"(^|[-_.])(sig|signature|token|key|secret|password|passwd|pwd|credentials?|auth|authorization)"
-    r"([-_.]|$)|accesskey|accessid|apikey",
+# The user, and a password that has slashes; `host:80/name@2` of a web server has neither.
+_USER = re.compile(
+    r"(://)(?:(?:(?<!http://)(?<!https://)|(?=[^/@\s:]*:(?!\d{1,5}/)))[^/@\s:]*:\S*|[^/\s]*)@",
     re.IGNORECASE,
 )
+_QUERY = re.compile(r"\?[^\s'\"]*")
+_FRAGMENT = re.compile(r"(://[^\s'\"#]*)#[^\s'\"]*")
+_SECRET = re.compile(
+    r"token|secret|passw|credential|signature|authorization|accesskey|accessid|apikey"
+    r"|(^|[-_.])(sig|sas|key|auth|pwd|jwt)([-_.]|$)",
+    re.IGNORECASE,
+)
+_HOST = re.compile(r"[^:]*(:\d{1,5})?")
 _VERSION_FIELDS = (
     "ETag etag generation md5Hash blob_id sha256 Content-MD5 Digest Last-Modified".split()
 )
@@ -109,8 +116,10 @@ class _ChangedError(RemoteError):
 
 
 def mask(text: str) -> str:
-    """Replaces the user, the password and the query of URLs in a text by ``***``."""
-    return _QUERY.sub("?***", _USER.sub(r"\1***@", text)) if "://" in text else text
+    """Replaces the user, the password, the query and the fragment of URLs by ``***``."""
+    if "://" not in text:
+        return text
+    return _FRAGMENT.sub(r"\1#***", _QUERY.sub("?***", _USER.sub(r"\1***@", text)))
 
 
 def parse_location(location: str) -> str:
@@ -122,32 +131,46 @@ def parse_location(location: str) -> str:
     match = _URL.match(location)
     if match is None:
         return location
-    scheme, shown = match[1].lower(), mask(location)
+    scheme, shown, rest = match[1].lower(), mask(location), location[match.end() :]
+    if scheme == "file":
+        host, slash, path = rest.partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise UserError(f"{shown}: must be a local path, such as file:///data/en.jsonl")
+        return unquote(slash + path)
     try:
         parts = urlsplit(location)
-        query = parse_qsl(parts.query, keep_blank_values=True)
     except ValueError:
         raise UserError(f"{shown}: is not a valid URL") from None
-    if "@" in parts.netloc or any(_SECRET.search(name) for name, _ in query):
+    host = parts.netloc.rpartition("]")[2]  # IPv6 addresses have brackets
+    options = [*re.split("[&;]", parts.query), *re.split("[&;]", parts.fragment)]
+    if (
+        "@" in host
+        or (_HOST.fullmatch(host) is None if scheme in _WEB else ":" in host)
+        or any(_SECRET.search(unquote(one.partition("=")[0])) for one in options)
+    ):
         raise UserError(
             f"{shown}: has credentials in the URL, which logs and config.yaml would show; remove "
             "them and set them in the environment or in the store's own configuration files "
             "(AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, FSSPEC_...)"
         )
-    if scheme == "file":
-        if parts.netloc not in ("", "localhost") or not parts.path:
-            raise UserError(f"{shown}: must be a local path, such as file:///data/en.jsonl")
-        return unquote(parts.path)
     if scheme not in _PACKAGES:
         known = ", ".join(f"{name}://" for name in ("file", *_PACKAGES))
         raise UserError(
             f"{shown}: {scheme}:// is not supported; use one of {known}, or copy the files to a "
             "local disk"
         )
-    names = location[match.end() :].rstrip("/").split("/")
+    if "#" in rest or "::" in rest:
+        raise UserError(f"{shown}: must not contain # or ::, which do not belong to names in URLs")
+    names = rest.rstrip("/").split("/")
     if any(name in ("", ".", "..") for name in names) or not location.isprintable():
         raise UserError(f"{shown}: must be a bucket or host and names separated by single slashes")
     return scheme + location[len(match[1]) :]
+
+
+def refuse_magic(url: str) -> None:
+    """Raises `UserError` if a URL is a glob or has a query, where it must name one thing."""
+    if any(character in url for character in "*?["):
+        raise UserError(f"{mask(url)}: must not contain * ? or [, because it names one thing")
 
 
 def refuse_web(url: str) -> None:
@@ -162,9 +185,10 @@ def refuse_web(url: str) -> None:
 def cache_folder() -> Path:
     """Returns the folder for local copies: ``$MEGATRON_CHATFLOW_CACHE``, or one in the home."""
     if folder := os.environ.get(CACHE_VARIABLE):
-        return Path(folder).absolute()
+        return Path(folder).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "megatron_chatflow" / "remote"
+    parent = Path(base).expanduser().absolute() if base else Path.home() / ".cache"
+    return parent / "megatron_chatflow" / "remote"
 
 
 class CachedPath(PosixPath):
@@ -176,7 +200,12 @@ class CachedPath(PosixPath):
 
     @classmethod
     def of(cls, url: str) -> "CachedPath":
-        """Returns the path of the copy of ``url``, without any request."""
+        """Returns the path of the copy of ``url``, without any request.
+
+        Raises:
+            UserError: The path would not be in the cache.
+        """
+        _check_names(url.rstrip("/"))
         scheme, _, name = url.partition("://")
         return cls(cache_folder(), scheme, *name.rstrip("/").split("/"))
 
@@ -259,7 +288,12 @@ def _filesystem(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise UserError(
             f"{mask(url)}: needs the package {_PACKAGES[scheme]}: pip install "
-            "'megatron_chatflow[remote]'"
+            f"'megatron_chatflow[remote]' ({_reason(error)})"
+        ) from error
+    except Exception as error:
+        raise RemoteError(
+            f"cannot open: {mask(url)}: {_reason(error)}: check the URL and the settings of fsspec "
+            "(FSSPEC_...)"
         ) from error
 
 

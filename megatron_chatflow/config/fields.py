@@ -27,7 +27,7 @@ from pydantic import (
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import is_url, refuse_url
-from megatron_chatflow.remote import CachedPath, parse_location, refuse_web
+from megatron_chatflow.remote import CachedPath, parse_location, refuse_magic, refuse_web
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -166,6 +166,8 @@ def _parse_location(value: object) -> Path:
         return value
     if isinstance(value, str) and is_url(value):
         location = parse_location(value)
+        if is_url(location):
+            refuse_magic(location)
         return CachedPath.of(location) if is_url(location) else Path(location)
     return _parse_path(value)
 
@@ -189,6 +191,12 @@ def _parse_remote_folder(value: object) -> str:
     if not is_url(location):
         raise UserError("must be a URL such as s3://bucket/run; local folders need no copy")
     refuse_web(location)
+    refuse_magic(location)
+    if location.startswith("hf://"):
+        raise UserError(
+            f"{location}: every file would be a commit of its own; use a store such as s3://, or "
+            "upload finished checkpoints with huggingface-cli"
+        )
     return location
 
 

@@ -17,6 +17,7 @@ from s3fs import S3FileSystem
 
 from megatron_chatflow import remote
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import refuse_url
 from megatron_chatflow.preprocess.readers import find_inputs
 from megatron_chatflow.remote import CachedPath, RemoteError
 
@@ -42,12 +43,25 @@ def found(url: str) -> remote.RemoteFile:
         "https://host/x.jsonl?X-Amz-Signature=secret&X-Amz-Expires=60",
         "https://host/x.jsonl?access_token=secret",
         "hf://datasets/o/n/x.jsonl?token=secret",
+        "s3://AKIA:very/secret@bucket/x",
+        "s3://AKIA:1/secret@bucket/x",
+        "s3://bucket:secret/x",
+        "https://u:my/secret@h/x",
+        "https://h/x?accessToken=secret",
+        "https://h/x?sv=1;sas=secret",
+        "https://h/x?%74oken=secret",
+        "https://h/x#token=secret",
     ],
 )
 def test_a_url_with_credentials_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(UserError, match="has credentials in the URL") as caught:
         remote.parse_location(url)
-    assert "secret" not in str(caught.value)
+    if "@" in url or "=" in url:  # otherwise it looks like a name
+        assert "secret" not in str(caught.value)
+        assert "secret" not in remote.mask(f"{url}: failed")
+        with pytest.raises(UserError, match="is a URL") as caught:
+            refuse_url(Path(url))
+        assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +70,8 @@ def test_a_url_with_credentials_is_refused_and_not_repeated(url: str) -> None:
         ("ftp://host/x", "ftp:// is not supported"),
         ("s3://bucket//x", "single slashes"),
         ("s3://bucket/../x", "single slashes"),
+        ("s3://bucket/x#y", "must not contain #"),
+        ("s3://bucket/x::file:///etc/passwd", "must not contain # or ::"),
         ("s3://", "single slashes"),
         ("file://host/x", "must be a local path"),
         ("https://[::1/x", "not a valid URL"),
@@ -69,6 +85,10 @@ def test_invalid_urls_are_refused(url: str, message: str) -> None:
 def test_locations_that_are_accepted() -> None:
     assert remote.parse_location("data/en.jsonl") == "data/en.jsonl"
     assert remote.parse_location("file:///data/a%20b.jsonl") == "/data/a b.jsonl"
+    assert remote.parse_location("file:///data/a#b?c.jsonl") == "/data/a#b?c.jsonl"
+    assert remote.parse_location("https://host:8080/a@b") == "https://host:8080/a@b"
+    assert remote.mask("https://host:8080/a@b: x") == "https://host:8080/a@b: x"
+    assert remote.parse_location("hf://datasets/o/n@main/x") == "hf://datasets/o/n@main/x"
     assert remote.parse_location("S3://bucket/x") == "s3://bucket/x"
     assert remote.parse_location("https://host/x?keyword=a") == "https://host/x?keyword=a"
 
@@ -78,6 +98,45 @@ def test_a_cached_path_knows_its_url(monkeypatch: pytest.MonkeyPatch) -> None:
     path = CachedPath.of("s3://bucket/a/zh_text_document")
     assert str(path) == "/cache/s3/bucket/a/zh_text_document"
     assert path.url == "s3://bucket/a/zh_text_document"
+    with pytest.raises(UserError, match="is not a file name within the folder"):
+        CachedPath.of("s3://b/x/../../../../etc/foo_document")
+    monkeypatch.setenv(remote.CACHE_VARIABLE, "~/copies")
+    assert remote.cache_folder() == Path.home() / "copies"
+
+
+def test_names_on_the_store_that_leave_the_folder_are_refused(object_store: ObjectStore) -> None:
+    object_store.put("raw/a/../../../etc/foo_document.idx", b"x")
+    with pytest.raises(UserError, match="is not a file name within the folder"):
+        remote.find("s3://corpora/raw")
+
+
+def test_only_failures_of_networks_and_servers_are_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[BaseException] = []
+
+    def failing(error: Exception) -> None:
+        calls.append(error)
+        raise error
+
+    monkeypatch.setattr(remote, "NUM_ATTEMPTS", 2)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.0)
+    for error, number in ((TypeError("no"), 1), (TimeoutError("slow"), 2)):
+        calls.clear()
+        with pytest.raises(RemoteError, match=f"{number} attempt"):
+            remote._attempt("s3://b/x", "read", lambda error=error: failing(error))
+        assert len(calls) == number
+
+
+def test_an_error_of_the_file_system_is_one_masked_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    def failing(url: str, **options: object) -> None:
+        raise ValueError("bad s3://key:sec/ret@bucket/x")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", failing)
+    with pytest.raises(RemoteError, match=r"cannot open: s3://b/x: bad s3://\*\*\*@bucket/x"):
+        remote.stat("s3://b/x")
 
 
 def test_a_file_is_read_although_connections_are_cut(object_store: ObjectStore) -> None:
