@@ -60,6 +60,7 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", "restarts.jsonl")
 _NUM_REMOVED = 1000  # files that are removed by one request
 _NUM_FILES = 4  # files that are sent or received at the same time
 _PAUSE_SECONDS = 0.1
+_GIVEN_UP = "the upload was given up"
 _CLOSE_SECONDS = 30.0  # how long the end of a run waits for a request that is in flight
 _FETCHED = ".fetched_"  # names a file that exists from before a copy until it is the latest
 _REMOVING = b"removing\n"  # content of `UPLOAD_MARK`
@@ -161,7 +162,7 @@ class CheckpointUploader:
                 if not (self._is_requested or self._is_working):
                     return self._last_error
                 if not self._thread.is_alive():
-                    return self._last_error or "the upload was given up"
+                    return self._last_error or _GIVEN_UP
                 self._condition.wait(_PAUSE_SECONDS)
                 now, current = (self._num_sent, self._num_requests), self._current
             if now != seen:
@@ -195,6 +196,7 @@ class CheckpointUploader:
             try:
                 self._upload_missing()
             except CancelledError:
+                self._last_error = _GIVEN_UP
                 return
             except BaseException as error:
                 self._fail(self._current or self._newest or 0, error)

@@ -452,7 +452,7 @@ def test_latest_advances_although_uploads_take_longer_than_the_save_interval(
 
     monkeypatch.setattr(CheckpointUploader, "_advance_latest", advance_and_end)
     slow.go_on.set()
-    finish(uploader)
+    assert finish(uploader) == "the upload was given up"
     assert object_store.get(f"runs/a/{LATEST}") == b"5\n"
 
 
@@ -601,7 +601,6 @@ def test_an_unexpected_error_does_not_end_the_uploads(
     uploader = start(uploaders, root)
     with monkeypatch.context() as patch:
         patch.setattr(uploader, "_next", lambda *_: 1 / 0)
-        uploader.submit(5)
         assert finish_in_time(uploader) == "division by zero"
     (result,) = uploader.take_results()
     assert (result.iteration, result.error) == (5, "division by zero")
