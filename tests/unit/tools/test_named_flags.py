@@ -37,6 +37,7 @@ PRINTED_BY = {
     "generation.generate": {"tools.generate", "tools.chat"},
     "preprocess.arrow": {"tools.preprocess_data"},
     "preprocess.chats": {"tools.preprocess_data"},
+    "preprocess.comma_separated": {"tools.preprocess_data"},
     "preprocess.dedup": {"tools.preprocess_data"},
     "preprocess.dropped": {"tools.preprocess_data", "tools.merge_datasets"},
     "preprocess.inspect": {"tools.inspect_dataset"},
