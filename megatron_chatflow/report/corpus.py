@@ -334,7 +334,7 @@ def _filters_table(statistics: CorpusStatistics, sampled: str) -> str:
         )
     ]
     caption = f"What each filter alone would drop or change of {sampled}, with examples."
-    heads = ["Filter and reason", "Documents", "Share", "Begin of some of them"]
+    heads = ["Filter and reason", "Documents", "Share", "Beginnings of some of them"]
     return html_table(caption, heads, rows, num_text_columns=1)
 
 

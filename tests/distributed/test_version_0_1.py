@@ -17,13 +17,19 @@ FIXTURE = ROOT / "tests" / "fixtures" / "version_0_1"
 
 
 @pytest.mark.distributed
-def test_a_run_of_version_0_1_continues(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
+def test_a_run_of_version_0_1_continues(tmp_path: Path, layers: str) -> None:
     folder = tmp_path / "version_0_1"
     shutil.copytree(FIXTURE, folder)
     # The paths in the run's configuration are relative to its folder.
-    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    paths = [str(jobs.STANDIN)] if layers == "transformer_engine" else []
+    paths += [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    path = {"PYTHONPATH": os.pathsep.join(paths)}
     command = jobs.pretrain("--config", "run.yaml", "--save", "run", "--load", "run")
+    command += ["--transformer-impl", layers]
     output = jobs.run(command, folder=folder, extra_environment=path, fresh=True)
+    is_theirs = "layers: transformer-engine 2.9.0" in output
+    assert is_theirs == (layers == "transformer_engine")
     # The two findings concern chats longer than a sample, not the files.
     warnings = [line for line in output.splitlines() if " WARNING " in line]
     assert len(warnings) == 1 and warnings[0].endswith(" WARNING 2 findings:"), warnings
