@@ -113,7 +113,7 @@ def _losses(run: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("name", "nearest", "farthest"),
     [
-        ("aware", 0, 0.02),
+        ("aware", 0, 5e-3),
         ("bf16", 1e-6, 0.02),
         ("fp16", 1e-6, 0.02),
         ("bf16_gradients", 1e-6, 0.02),
@@ -135,6 +135,7 @@ def test_losses_stay_close_to_those_of_fp32_state(
     # Where an update ends halfway between two bf16 values, the two optimizers round to different
     # ones, and later losses differ by what bf16 makes of that: up to 1.4e-3 with fp32 moments.
     assert nearest <= max(differences) <= farthest
+    assert differences[0] <= 5e-3
 
 
 @pytest.mark.distributed
