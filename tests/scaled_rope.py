@@ -27,6 +27,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 2.5},
     "dynamic": {"factor": 4.0},
     "llama3": {"factor": 8.0, **LLAMA3},
+    "yarn": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 4.0,
+        "beta_slow": 0.5,
+    },
 }
 
 

@@ -35,6 +35,7 @@ _NUMBER = r"[+-]?[0-9](?:_?[0-9])*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?"
 _COUNT = re.compile(rf"({_NUMBER})\s?([KMBTkmbt]?)")
 _EXPONENT = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][+-]?[0-9]{1,3}")
 _NUM_BYTES = re.compile(rf"({_NUMBER})\s?([KMGT])(i?)B", re.IGNORECASE)
+_WINDOW = re.compile(r"\(?\s*(-?[0-9]{1,10})\s*,\s*(-?[0-9]{1,10})\s*\)?")
 _SHARE = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 _LARGEST_COUNT = 2**63 - 1
 
@@ -129,6 +130,20 @@ def parse_weight(value: object) -> int | float:
     if not 0 <= number < math.inf:
         raise UserError(f"must be a finite number of at least 0, not {shorten(value)}")
     return number
+
+
+def parse_window(value: object) -> object:
+    """Parses Megatron-LM's ``--window-size LEFT,RIGHT``, also in the parentheses of a tuple.
+
+    Returns the two numbers.
+    """
+    given = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    match = _WINDOW.fullmatch(given) if isinstance(given, str) else None
+    if match is not None:
+        return int(match[1]), int(match[2])
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value
+    raise UserError(f"must be two numbers such as 4095,0, not {shorten(given)}")
 
 
 def parse_shares(value: object) -> tuple[float, float, float]:
@@ -233,6 +248,8 @@ RemoteFolder = Annotated[str, BeforeValidator(_parse_remote_folder)]
 Size = Annotated[StrictInt, Field(ge=1, lt=2**31)]
 """A dimension or a number of parts: an integer of at least 1, without a unit."""
 MAX_LAYERS = 10_000  # a damaged number of layers must not exhaust memory with tensor names
+WindowSize = Annotated[tuple[StrictInt, StrictInt], BeforeValidator(parse_window)]
+"""Numbers of tokens before and behind a token that attention sees."""
 NumLayers = Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
 Stride = Annotated[StrictInt, Field(ge=2, lt=2**62)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]

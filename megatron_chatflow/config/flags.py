@@ -217,7 +217,8 @@ def parse_arguments(
     values = translation.values
     for flag in FLAGS:
         if flag.destination in given:
-            values.setdefault(flag.section, {})[flag.field] = given[flag.destination]
+            value = given[flag.destination]
+            values.setdefault(flag.section, {})[flag.field] = None if value == [None] else value
     for path in REMOVED:
         if path in given:
             section, _, name = path.partition(".")

@@ -147,7 +147,7 @@ def _refuse_other_shape(config: RunConfig, shape: Mapping[str, Any], folder: Pat
     free = {"init_method_std", "vocab_size", "max_position_embeddings"}
     if config.model.rope_scaling_type == "dynamic":  # scaling begins at this length
         free.remove("max_position_embeddings")
-    names = dict.fromkeys([*shape, *ROPE_FIELDS, "kv_channels"])
+    names = dict.fromkeys([*shape, *ROPE_FIELDS, "kv_channels", "window_size"])
     for name in names:
         ours = {getattr(config.model, name), preset.get(name, getattr(config.model, name))}
         if name not in free and ours != {shape.get(name)}:

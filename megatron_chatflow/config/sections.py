@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, StrictSt
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from megatron_chatflow.config.architectures import PRESETS, RopeScaling
+from megatron_chatflow.config.architectures import PRESETS, YARN_DEFAULTS, RopeScaling
 from megatron_chatflow.config.fields import (
     CONFIG,
     Count,
@@ -35,6 +35,7 @@ from megatron_chatflow.config.fields import (
     Size,
     Stride,
     Switch,
+    WindowSize,
     parse_number,
 )
 from megatron_chatflow.config.problems import did_you_mean
@@ -101,7 +102,24 @@ class ModelConfig:
     rope_high_freq_factor: PositiveNumber | None = None
     """high_freq_factor of llama3 RoPE scaling; 4 when unset"""
     rope_original_max_position_embeddings: Size | None = None
-    """maximum sequence length in tokens before llama3 RoPE scaling"""
+    """maximum sequence length in tokens before llama3 or yarn RoPE scaling"""
+    yarn_beta_fast: PositiveNumber | None = None
+    """turns within the original length above which yarn keeps a frequency; 32 when unset"""
+    yarn_beta_slow: PositiveNumber | None = None
+    """turns within the original length below which yarn divides a frequency; 1 when unset"""
+    yarn_correction_range_round_to_int: Switch | None = None
+    """round both ends of yarn's ramp to whole frequencies (truncate of transformers); on when
+    unset"""
+    yarn_attention_factor: PositiveNumber | None = None
+    """attention_factor of yarn, on cosines and sines; from the other settings when unset"""
+    mscale: PositiveNumber | None = None
+    """numerator's mscale of yarn's attention factor; used with mscale_all_dim"""
+    mscale_all_dim: PositiveNumber | None = None
+    """denominator's mscale of yarn's attention factor; used with mscale"""
+    window_size: WindowSize | None = None
+    """sliding-window attention: LEFT,RIGHT, the numbers of tokens before and behind a token that it
+    sees beside itself. RIGHT is 0. A window of 4096 tokens, as Mistral's, is 4095,0; no window
+    when unset"""
     norm_epsilon: PositiveNumber = 1e-5
     """epsilon in the denominator of RMSNorm"""
     init_method_std: PositiveNumber = 0.02
@@ -131,6 +149,8 @@ class ModelConfig:
             data = _fill(data, shape)
         if _given(data, "rope_scaling_type") == "llama3":
             data = _fill(data, {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0})
+        if _given(data, "rope_scaling_type") == "yarn":
+            data = _fill(data, YARN_DEFAULTS)
         heads = _given(data, "num_attention_heads")
         return data if heads is None else _fill(data, {"num_query_groups": heads})
 
@@ -144,6 +164,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Size of an attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def window(self) -> int | None:
+        """Number of tokens that a token sees with its window, itself included; None for all."""
+        return None if self.window_size is None else self.window_size[0] + 1
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

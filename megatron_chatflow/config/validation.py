@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from megatron_chatflow.config.architectures import YARN_FIELDS, longest_text
 from megatron_chatflow.config.batch_ramp import BatchSizes
 from megatron_chatflow.config.fields import CONFIG, differing_numbers
 from megatron_chatflow.config.problems import describe, did_you_mean
@@ -140,17 +141,23 @@ def check_model(model: ModelConfig) -> None:
             f"model.num_attention_heads {heads}; use {_divisors(heads)}"
         )
     kind = model.rope_scaling_type
-    of_llama3 = {
-        "model.rope_low_freq_factor": model.rope_low_freq_factor,
-        "model.rope_high_freq_factor": model.rope_high_freq_factor,
-        "model.rope_original_max_position_embeddings": model.rope_original_max_position_embeddings,
-    }
-    for path, value in of_llama3.items():
-        if (value is None) == (kind == "llama3"):
+    for name, kinds in {
+        "rope_low_freq_factor": ("llama3",),
+        "rope_high_freq_factor": ("llama3",),
+        "rope_original_max_position_embeddings": ("llama3", "yarn"),
+    }.items():
+        value = getattr(model, name)
+        if (value is None) == (kind in kinds):
             raise UserError(
-                f"{path}: {'is missing' if value is None else 'is set'}, and "
-                f"model.rope_scaling_type is {kind or 'unset'}; llama3 requires it, and the "
-                "other types do not support it"
+                f"model.{name}: {'is missing' if value is None else 'is set'}, and "
+                f"model.rope_scaling_type is {kind or 'unset'}; {' and '.join(kinds)} "
+                f"require{'s' if len(kinds) == 1 else ''} it, and the other types do not support it"
+            )
+    for name in YARN_FIELDS:
+        if kind != "yarn" and getattr(model, name) is not None:
+            raise UserError(
+                f"model.{name}: is set, and model.rope_scaling_type is {kind or 'unset'}; only "
+                "yarn supports it"
             )
     if (model.rope_scaling_factor is None) != (kind is None):
         raise UserError(
@@ -168,6 +175,29 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(
             f"model.rope_low_freq_factor: {shown[0]} is not below model.rope_high_freq_factor "
             f"{shown[1]}; lower it"
+        )
+    if kind == "yarn":
+        _check_yarn(model)
+    if model.window_size is not None and (model.window_size[0] < 0 or model.window_size[1] != 0):
+        raise UserError(
+            f"model.window_size: {model.window_size[0]},{model.window_size[1]} is not the window "
+            "of a causal model; use the number of tokens before a token, then 0, such as 4095,0"
+        )
+
+
+def _check_yarn(model: ModelConfig) -> None:
+    fast, slow = model.yarn_beta_fast, model.yarn_beta_slow
+    if fast is not None and slow is not None and fast < slow:
+        shown = differing_numbers(fast, slow)
+        raise UserError(
+            f"model.yarn_beta_fast: {shown[0]} is below model.yarn_beta_slow {shown[1]}; raise it"
+        )
+    if model.rotary_base == 1:
+        raise UserError("model.rotary_base: yarn needs a base other than 1; use that of the model")
+    if (model.mscale is None) != (model.mscale_all_dim is None):
+        raise UserError(
+            "model.mscale and model.mscale_all_dim: one is set and the other is not, which has no "
+            "effect; set both, or neither"
         )
 
 
@@ -240,10 +270,7 @@ def _check_overlapped_products(train: TrainConfig) -> None:
 
 def _check_sequence(config: "RunConfig") -> None:
     length, parallel, model = config.data.seq_length, config.parallel, config.model
-    longest = float(model.max_position_embeddings)
-    if model.rope_scaling_type == "dynamic":  # max_position_embeddings is the length before scaling
-        longest *= model.rope_scaling_factor or 1.0
-    if length > longest:
+    if length > longest_text(model):
         raise UserError(
             f"data.seq_length: {length} is above model.max_position_embeddings "
             f"{model.max_position_embeddings}; shorten it, or raise that"

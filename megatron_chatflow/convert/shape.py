@@ -11,7 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_chatflow.checkpoint.files import read_state
 from megatron_chatflow.checkpoint.recorded_config import read_run_config
 from megatron_chatflow.config import ModelConfig
-from megatron_chatflow.config.architectures import RopeScaling, dynamic_base, huggingface_rope
+from megatron_chatflow.config.architectures import (
+    YARN_FIELDS,
+    RopeScaling,
+    dynamic_base,
+    huggingface_rope,
+    longest_text,
+)
 from megatron_chatflow.config.huggingface import CONFIG_NAMES, model_of_huggingface
 from megatron_chatflow.config.problems import describe
 from megatron_chatflow.config.validation import check_model
@@ -42,6 +48,13 @@ class LlamaShape:
     rope_high_freq_factor: float | None = None
     rope_original_max_position_embeddings: int | None = None
     kv_channels: int | None = None
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+    yarn_correction_range_round_to_int: bool | None = None
+    yarn_attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    window_size: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> "LlamaShape":
@@ -56,9 +69,12 @@ class LlamaShape:
             left_out.add("max_position_embeddings")
         if self.rope_scaling_type is None:
             left_out |= {field.name for field in fields(self) if field.name.startswith("rope_")}
-        if self.kv_channels is None:
-            left_out.add("kv_channels")
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
+        later = ("kv_channels", *YARN_FIELDS, "window_size")  # absent from earlier versions' states
+        left_out |= {name for name in later if getattr(self, name) is None}
+        values = {name: value for name, value in asdict(self).items() if name not in left_out}
+        if self.window_size is not None:
+            values["window_size"] = list(self.window_size)  # as JSON returns it
+        return values
 
     @property
     def head_dim(self) -> int:
@@ -67,10 +83,8 @@ class LlamaShape:
 
     @property
     def longest(self) -> int:
-        """The longest text in tokens, including the extension by dynamic rotary scaling."""
-        is_dynamic = self.rope_scaling_type == "dynamic"
-        factor = self.rope_scaling_factor or 1.0 if is_dynamic else 1.0
-        return int(self.max_position_embeddings * factor)
+        """The longest text in tokens, including the extension by rotary scaling."""
+        return longest_text(self)
 
     def trained_at(self, length: int) -> "LlamaShape":
         """Returns the shape after training on samples of ``length`` tokens.

@@ -69,6 +69,8 @@ def transformer_config(
         num_attention_heads=counts.heads,
         num_query_groups=counts.groups,
         kv_channels=counts.head_dim,
+        softmax_scale=Rotary.of(model).softmax_scale,
+        window_size=model.window_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_method_std,

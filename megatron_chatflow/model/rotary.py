@@ -26,7 +26,9 @@ class Rotary:
     2023) divides all frequencies. ``dynamic`` is NTK-aware scaling, a larger base for a longer
     text: transformers computes the base for each text's length, while training uses the base of its
     sequence length for every document. ``llama3`` divides only low frequencies, with a ramp towards
-    high ones.
+    high ones. ``yarn`` (Peng et al., "YaRN: Efficient Context Window Extension of Large Language
+    Models", 2023) does the same with a ramp over the index of the frequency, and multiplies queries
+    and keys by `attention_factor`.
 
     Attributes:
         head_dim: Size of an attention head.
@@ -36,6 +38,10 @@ class Rotary:
         low_freq_factor: For ``llama3``: wavelengths over ``original_length / this`` are divided.
         high_freq_factor: For ``llama3``: wavelengths under ``original_length / this`` are kept.
         original_length: Context length of the unscaled model in tokens.
+        beta_fast: For ``yarn``: frequencies of more turns in ``original_length`` are kept.
+        beta_slow: For ``yarn``: frequencies of fewer turns in ``original_length`` are divided.
+        rounds: For ``yarn``: whether the ramp begins and ends at a frequency, not between two.
+        attention_factor: For ``yarn``: factor of the cosines and sines, and so of queries and keys.
         length: For ``dynamic``: length in tokens of the text that determines the base.
     """
 
@@ -46,6 +52,10 @@ class Rotary:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 1
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    rounds: bool = True
+    attention_factor: float = 1.0
     length: int = 1
 
     @classmethod
@@ -61,8 +71,23 @@ class Rotary:
             original_length=(
                 model.rope_original_max_position_embeddings or model.max_position_embeddings
             ),
+            beta_fast=model.yarn_beta_fast or 32.0,
+            beta_slow=model.yarn_beta_slow or 1.0,
+            rounds=model.yarn_correction_range_round_to_int is not False,
+            attention_factor=_attention_factor(model),
             length=length or model.max_position_embeddings,
         )
+
+    @property
+    def softmax_scale(self) -> float | None:
+        """Factor on the attention scores that includes `attention_factor`; None for the usual one.
+
+        Scores are products of queries and keys, so the factor of both is applied here, where no
+        kernel has to know it.
+        """
+        if self.attention_factor == 1:
+            return None
+        return float(self.head_dim**-0.5 * self.attention_factor**2)
 
     def inverse_frequencies(self, device: torch.device) -> torch.Tensor:
         """Returns the scaled angles per position ``base^(-2i/head_dim)``, float32[head_dim / 2]."""
@@ -79,7 +104,42 @@ class Rotary:
             low, high = self.low_freq_factor, self.high_freq_factor
             kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
             return (1 - kept) * frequencies / self.factor + kept * frequencies
+        if self.scaling == "yarn":
+            divided = self._yarn_ramp(device)
+            return frequencies / self.factor * divided + frequencies * (1 - divided)
         return frequencies
+
+    def _yarn_ramp(self, device: torch.device) -> torch.Tensor:
+        """Returns how far each frequency is divided, from 0 to 1, float32[head_dim / 2]."""
+
+        def index(num_turns: float) -> float:
+            """Returns the index of the frequency of so many turns within the original length."""
+            turns = self.original_length / (num_turns * 2 * math.pi)
+            return self.head_dim * math.log(turns) / (2 * math.log(self.base))
+
+        low, high = index(self.beta_fast), index(self.beta_slow)
+        if self.rounds:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.head_dim - 1)
+        steps = torch.arange(self.head_dim // 2, dtype=torch.float32, device=device)
+        # transformers avoids the division by 0 in the same way.
+        return ((steps - low) / (high - low or 0.001)).clamp(0.0, 1.0)
+
+
+def _attention_factor(model: ModelConfig) -> float:
+    """Returns the factor of queries and keys, with the formula of transformers for YaRN."""
+    if model.rope_scaling_type != "yarn":
+        return 1.0
+    if model.yarn_attention_factor is not None:
+        return model.yarn_attention_factor
+
+    def mscale(weight: float) -> float:
+        factor = model.rope_scaling_factor or 1.0
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if model.mscale and model.mscale_all_dim:
+        return mscale(model.mscale) / mscale(model.mscale_all_dim)
+    return mscale(1.0)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ def test_flags_over_yaml_over_defaults(path) -> None:
         (["--tensor-model-parallel-size", "2", "--sequence-parallel"],)
         + ("parallel", "sequence_parallel", True),
         (["--lr-decay-style", "linear"], "optimizer", "lr_decay_style", "linear"),
+        (["--window-size", "127,0"], "model", "window_size", (127, 0)),
+        (["--window-size", "127", "0"], "model", "window_size", (127, 0)),
+        (["--window-size", "127,0", "--window-size", "none"], "model", "window_size", None),
         (["--hidden-size", "512"], "model", "hidden_size", 512),
         (["--train-iters", "5", "--train-iters", "6"], "train", "train_iters", 6),
     ],
@@ -80,6 +83,8 @@ def test_a_flag_for_the_length_replaces_the_files_other_spelling(path) -> None:
         (["--lr", "nan"], "optimizer.lr: must be above 0, not nan"),
         (["--train-iters", "many"], "train.train_iters: must be a count such as"),
         (["--recompute-granularity", "some"], "train.recompute_granularity: must be 'full' or"),
+        (["--window-size", "128"], "model.window_size: must be two numbers such as 4095,0"),
+        (["--window-size", "4K,0"], "model.window_size: must be two numbers such as 4095,0"),
         (["--preset", "tinny"], "model.preset: there is no 'tinny' (did you mean tiny?)"),
         (["--save", ""], "checkpoint.save: must be a path"),
         (["--tensor-model-parallel-size", "3"], "parallel.tensor_model_parallel_size: 3 does not"),
@@ -188,7 +193,8 @@ FROZEN_FLAGS = """
 --lr-decay-samples --lr-decay-style --lr-warmup-init --lr-warmup-iters --lr-warmup-samples
 --lr-wsd-decay-iters --lr-wsd-decay-samples --lr-wsd-decay-style --main-grads-dtype
 --main-params-dtype --make-vocab-size-divisible-by --manual-gc-interval --max-bad-steps
---max-position-embeddings --metrics-every-iteration --micro-batch-size --min-lr --new-data-seed
+--max-position-embeddings --metrics-every-iteration --micro-batch-size --min-lr
+--mscale --mscale-all-dim --new-data-seed
 --no-async-save --no-bf16 --no-ckpt-verify --no-data-verify --no-ddp-pad-buckets-for-high-nccl-busbw
 --no-deterministic-mode --no-disable-symmetric-registration --no-fine-grained-activation-offloading
 --no-finetune --no-first-last-layers-bf16 --no-fp8-param-gather --no-from-scratch
@@ -199,7 +205,8 @@ FROZEN_FLAGS = """
 --no-reuse-grad-buf-for-mxfp8-param-ag --no-sequence-parallel --no-shared-memory-collectives
 --no-tensorboard --no-tp-comm-overlap --no-untie-embeddings-and-output-weights
 --no-use-distributed-optimizer --no-use-nccl-ub --no-use-precision-aware-optimizer
---no-use-pytorch-profiler --no-weight-decay --norm-epsilon --num-attention-heads --num-layers
+--no-use-pytorch-profiler --no-weight-decay
+--no-yarn-correction-range-round-to-int --norm-epsilon --num-attention-heads --num-layers
 --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage
 --num-prefetch --num-query-groups --num-virtual-stages-per-pipeline-rank --offload-modules
 --old-tokenizer-model --on-nan --optimizer-cpu-offload --optimizer-offload-fraction --output
@@ -216,7 +223,8 @@ FROZEN_FLAGS = """
 --transformer-impl --untie-embeddings-and-output-weights --use-distributed-optimizer --use-nccl-ub
 --use-precision-aware-optimizer --use-pytorch-profiler --verbose --vocab-size --wandb-entity
 --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style
---world-size
+--window-size --world-size --yarn-attention-factor --yarn-beta-fast --yarn-beta-slow
+--yarn-correction-range-round-to-int
 """.split()
 
 

@@ -34,6 +34,10 @@ TRAINING = """
 --data-cache-path cache --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model t.model
 --accumulate-allreduce-grads-in-fp32 --exit-signal-handler --save-retain-interval 500
 """.split()
+YARN = """
+--position-embedding-type yarn --rotary-scaling-factor 4
+--yarn-original-max-position-embeddings 512
+""".split()
 CYCLE = ("--load", "runs/any", "--lr-cycle-start-iters")
 DATA = "--data-path 0.7 d/en_text_document 3e-1 d/zh_text_document --split 98,1,1".split()
 
@@ -145,6 +149,12 @@ def test_documents_are_isolated(path, flag: str) -> None:
         (["--rotary-seq-len-interpolation-factor", "2"], ("rope_scaling_factor", 2.0)),
         (["--use-rope-scaling"], ("rope_original_max_position_embeddings", 8192)),
         (["--use-rope-scaling", "--rope-scaling-factor", "32"], ("rope_scaling_factor", 32.0)),
+        (YARN, ("rope_scaling_type", "yarn")),
+        (YARN, ("rope_scaling_factor", 4.0)),
+        (YARN, ("rope_original_max_position_embeddings", 512)),
+        (YARN, ("yarn_beta_slow", 1.0)),
+        ([*YARN, "--yarn-beta-fast", "64"], ("yarn_beta_fast", 64.0)),
+        (["--window-size", "(127,0)"], ("window_size", (127, 0))),
         (["--encoder-seq-length=96"], ("seq_length", 96)),
     ],
 )

@@ -34,6 +34,12 @@ GATHER = "train.fp8_param_gather"
 REUSE = "train.reuse_grad_buf_for_mxfp8_param_ag"
 SHARDED = {"parallel.use_distributed_optimizer": True}
 
+YARN = {
+    "model.rope_scaling_type": "yarn",
+    "model.rope_scaling_factor": 4.0,
+    "model.rope_original_max_position_embeddings": 2048,
+}
+
 STAGES = "train.stages"
 ALL = {"at": 0, "trainable": ["all"]}
 
@@ -223,6 +229,22 @@ REFUSED = [
         {"model.rope_scaling_type": "llama3", "model.rope_scaling_factor": 8.0},
         "model.rope_original_max_position_embeddings: is missing, and model.rope_scaling_type is",
     ),
+    (
+        {"model.rope_scaling_type": "yarn", "model.rope_scaling_factor": 4.0},
+        "model.rope_original_max_position_embeddings: is missing, and model.rope_scaling_type is",
+    ),
+    ({"model.mscale": 1.0}, "model.mscale: is set, and model.rope_scaling_type is unset; only"),
+    (
+        {**YARN, "model.mscale": 1.0},
+        "model.mscale and model.mscale_all_dim: one is set and the other is not",
+    ),
+    (
+        {**YARN, "model.yarn_beta_fast": 0.5},
+        "model.yarn_beta_fast: 0.5 is below model.yarn_beta_slow 1; raise it",
+    ),
+    ({**YARN, "data.seq_length": 8200}, "data.seq_length: 8200 is above model.max_position"),
+    ({"model.window_size": [63, 63]}, "model.window_size: 63,63 is not the window of a causal"),
+    ({"model.window_size": "-1,0"}, "model.window_size: -1,0 is not the window of a causal model"),
     (
         {"model.rope_low_freq_factor": 1.0},
         "model.rope_low_freq_factor: is set, and model.rope_scaling_type is unset",

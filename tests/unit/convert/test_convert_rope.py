@@ -15,6 +15,7 @@ from megatron_chatflow.config import ModelConfig
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.shape import (
     LlamaShape,
+    huggingface_config,
     shape_of_checkpoint,
     shape_of_huggingface,
     trained_shape,
@@ -64,6 +65,45 @@ def test_frequencies_are_those_of_transformers(kind: str, spelling: str, tmp_pat
     assert changed == ([False, False, True] if kind == "dynamic" else [True] * 3)
 
 
+# Values of published config.json files, and the cases that the formula treats separately.
+YARN = {
+    "qwen2.5": {"factor": 4.0, "original_max_position_embeddings": 32768},
+    "deepseek": {"factor": 40, "mscale": 1.0, "mscale_all_dim": 0.707, "beta_fast": 32},
+    "gpt-oss": {"factor": 32.0, "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
+    "kimi": {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0},
+    "given": {"factor": 8.0, "attention_factor": 0.8, "mscale": 2.0, "mscale_all_dim": 1.0},
+    "from lengths": {"factor": None, "original_max_position_embeddings": 8192},
+    "no scaling": {"factor": 1.0, "beta_fast": None, "mscale": 0},
+}
+
+
+@pytest.mark.parametrize("name", YARN)
+@pytest.mark.parametrize("base", [1e4, 1e6])
+def test_yarn_is_that_of_transformers(name: str, base: float, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": "yarn", "rope_theta": base, **YARN[name]}
+    rope.setdefault("original_max_position_embeddings", 4096)
+    shape = replace(SHAPE, hidden_size=512, max_position_embeddings=131072)  # heads of 128
+    content = huggingface_config(shape, torch.float32, {})
+    del content["rope_theta"], content["rope_scaling"]
+    (tmp_path / "config.json").write_text(json.dumps({**content, "rope_parameters": rope}))
+    read = shape_of_huggingface(tmp_path)
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    rotary = Rotary.of(ModelConfig(**vars(read)))
+    torch.testing.assert_close(
+        rotary.inverse_frequencies(torch.device("cpu")), theirs.inv_freq, rtol=2e-6, atol=0
+    )
+    assert rotary.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    # What is exported is read as the same model, here and by transformers.
+    (tmp_path / "config.json").write_text(json.dumps(huggingface_config(read, torch.float32, {})))
+    assert shape_of_huggingface(tmp_path) == read
+    again = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    assert torch.equal(again.inv_freq, theirs.inv_freq)
+    assert again.attention_scaling == theirs.attention_scaling
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_import_and_export_keep_the_scaling(kind: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "hf", rope_scaling={"rope_type": kind, **KINDS[kind]})
@@ -102,10 +142,13 @@ def test_a_run_trained_beyond_the_original_length_is_exported_with_its_base(
     ("rope", "message"),
     [
         (
-            {"rope_type": "yarn", "factor": 4.0},
-            "of type 'yarn' is not supported; supported types are",
+            {"type": "longrope", "factor": 4.0},
+            "of type 'longrope' is not supported; supported types are",
         ),
-        ({"type": "longrope", "factor": 4.0}, "of type 'longrope' is not supported"),
+        ({"rope_type": "yarn", "factor": -1.0}, "type 'yarn' needs a positive factor, not -1.0"),
+        ({"rope_type": "yarn", "factor": 4.0, "mscale": "1"}, "mscale must be a positive number"),
+        ({"rope_type": "yarn", "factor": 4.0, "truncate": 0}, "truncate must be true or false"),
+        ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 0.5}, "beta_fast must not be below"),
         ({"rope_type": "linear"}, "type 'linear' needs a positive factor, not None"),
         ({"rope_type": "dynamic", "factor": "4"}, "type 'dynamic' needs a positive factor"),
         ({"rope_type": "llama3", "factor": 8.0}, "needs a positive low_freq_factor"),
