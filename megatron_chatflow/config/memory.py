@@ -292,9 +292,11 @@ def layer_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:
     if context > 1:
         # Keys and values of all tokens. torch's kernels need queries padded to the number of keys.
         attended = 2 * context * key_value + (2 * context if on_cpu else 1) * query
-    elif is_fused and config.data.seq_length <= _LONGEST_COMPOSED:
-        # The composed attention stores copies instead of the projection, and causal scores.
+    elif is_fused and (num_keys := _num_composed_keys(config)) <= _LONGEST_COMPOSED:
+        # The composed attention stores copies instead of the projection, and the scores of blocks
+        # of queries with the keys that one of them sees.
         scores = config.data.seq_length // 2 + min(_QUERY_CHUNK, config.data.seq_length) // 2
+        scores = min(scores, num_keys)
         projected, attended = counts.projected_size, counts.heads * scores
     if train.recomputes("core_attn"):
         projected, attended = counts.projected_size, 0
@@ -311,6 +313,12 @@ def layer_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:
         inside += share * query / size
     per_token = inside / config.parallel.tensor_model_parallel_size * size
     return int(num_whole * residual_bytes(config) + _num_tokens(config) * per_token)
+
+
+def _num_composed_keys(config: RunConfig) -> int:
+    """Returns the largest number of keys of a block of queries in the composed attention."""
+    length, window = config.data.seq_length, config.model.window
+    return length if window is None else min(length, min(_QUERY_CHUNK, length) + window - 1)
 
 
 def _offloaded_layer_bytes(config: RunConfig, *, on_host: bool = False) -> int:

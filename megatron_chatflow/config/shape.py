@@ -135,15 +135,26 @@ def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int) -> int
 
     The formula is ``6 N + 12 layers heads head_dim seq_length``, where N is the number of
     parameters. Source: Chowdhery et al. 2022, "PaLM" (arXiv 2204.02311), appendix B. Recomputation
-    is not counted, and attention is counted as if it were not causal. N includes the input
-    embedding although its lookup is not a matrix product, so the result is too high for a small
-    model with a large vocabulary.
+    is not counted, and attention is counted as if it were not causal: every token sees the whole
+    sample, or as many tokens as a shorter sliding window has. N includes the input embedding
+    although its lookup is not a matrix product, so the result is too high for a small model with a
+    large vocabulary.
     """
-    attention = 12 * model.num_layers * head_counts(model).query_size * seq_length
-    return 6 * num_parameters(model, vocab_size) + attention
+    return 6 * num_parameters(model, vocab_size) + _attention_flops(model, seq_length)
+
+
+def _attention_flops(model: ModelConfig, seq_length: int) -> int:
+    """Returns the FLOPs per token of attention scores and contexts, not causal."""
+    num_seen = seq_length if model.window is None else min(seq_length, model.window)
+    return 12 * model.num_layers * head_counts(model).query_size * num_seen
 
 
 def causal_share(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
-    """Returns the fraction of `flops_per_token` that remains if causal attention counts half."""
-    attention = 12 * model.num_layers * head_counts(model).query_size * seq_length
-    return 1 - attention / 2 / flops_per_token(model, vocab_size, seq_length)
+    """Returns the fraction of `flops_per_token` that remains if attention is counted as causal.
+
+    Without a sliding window, causal attention counts half. With one, only the first tokens of a
+    sample see less than the window.
+    """
+    num_seen = seq_length if model.window is None else min(seq_length, model.window)
+    hidden = _attention_flops(model, seq_length) * num_seen / (2 * seq_length)
+    return 1 - hidden / flops_per_token(model, vocab_size, seq_length)

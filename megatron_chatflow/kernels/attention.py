@@ -2,14 +2,18 @@
 
 Query segment i attends causally to key segment i, with the last query aligned to the last key.
 Segments are given by cumulative lengths (``cu_seqlens``); the number of query heads is a multiple
-of the number of key heads. `choose` selects a back end and gives the reason for the log. A library
+of the number of key heads. In a sliding window of ``window`` tokens, a token sees itself and the
+``window - 1`` tokens before it (Beltagy et al. 2020, "Longformer", arXiv 2004.05150; Jiang et al.
+2023, "Mistral 7B", arXiv 2310.06825), and the cost grows with the window instead of the length of
+the document. `choose` selects a back end and gives the reason for the log. A library
 is imported only if nothing else rules it out.
 
 On CPUs in bf16, `composed_attention` combines oneDNN's batched matrix products with the compiled
 softmax of `kernels.cpu`. Scores are computed in blocks, and blocks above the diagonal are skipped;
 each block becomes probabilities while it is in the cache. PyTorch's flash kernel takes twice as
 long on processors without AMX. The probabilities are kept for the backward pass, ``length / 2``
-numbers for each query and head, so documents longer than `MAX_LENGTH` are left to PyTorch.
+numbers for each query and head, so documents longer than `MAX_LENGTH` are left to PyTorch. With a
+window, they are as many as the window's tokens, whatever the length.
 """
 
 from collections.abc import Callable, Iterator
@@ -241,9 +245,11 @@ def choose(facts: Facts, wanted: str = "auto") -> tuple[str, str]:
 
 
 Kernel = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Segments, float | None, bool], torch.Tensor
+    [torch.Tensor, torch.Tensor, torch.Tensor, Segments, float | None, bool, int | None],
+    torch.Tensor,
 ]
-"""Arguments: queries, keys, values ``[tokens, heads, head_dim]``, segments, scale, determinism."""
+"""Arguments: queries, keys, values ``[tokens, heads, head_dim]``, segments, scale, determinism,
+and the window, None for none."""
 
 
 def _first(result: Any) -> torch.Tensor:
@@ -260,8 +266,11 @@ def _flash_attention(
     segments: Segments,
     scale: float | None,
     deterministic: bool,
+    window: int | None,
 ) -> torch.Tensor:
     """Calls a version of flash-attn. All have the same arguments, in different modules."""
+    # The numbers of keys before and behind the one that is aligned to the query.
+    sliding = {} if window is None else {"window_size": (window - 1, 0)}
     return _first(
         _entry_point(name)(
             query,
@@ -274,6 +283,7 @@ def _flash_attention(
             softmax_scale=scale,
             causal=True,
             deterministic=deterministic,
+            **sliding,
         )
     )
 
@@ -285,7 +295,7 @@ KERNELS: dict[str, Kernel] = {
 """Back ends that take segments; the others are modes of torch's function."""
 
 
-# Longest document; the probabilities of its last query and head are 4 kB.
+# Most keys of a query; the probabilities of a document's last query and head are 4 kB.
 MAX_LENGTH = 2048
 # Queries of a block: fewer leave the products thin, more form many scores above the diagonal.
 QUERY_CHUNK = 256
@@ -296,17 +306,26 @@ Runs = tuple[tuple[int, int, int], ...]
 Angles = tuple[torch.Tensor, torch.Tensor]
 
 
-def is_composed(query: torch.Tensor, longest: int) -> bool:
+def is_composed(query: torch.Tensor, longest: int, window: int | None = None) -> bool:
     """Returns whether `composed_attention` supports documents of up to ``longest`` tokens."""
-    return cpu_kernels.is_available(query) and longest <= MAX_LENGTH
+    return cpu_kernels.is_available(query) and _num_keys(longest, window) <= MAX_LENGTH
+
+
+def _num_keys(length: int, window: int | None) -> int:
+    """Returns the largest number of keys that the queries of a block see."""
+    if window is None:
+        return length
+    return min(length, min(QUERY_CHUNK, length) + window - 1)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some queries of some documents of a run, with all keys up to the last of them."""
+    """Some queries of some documents of a run, with all keys that one of them sees."""
 
     documents: slice
     queries: slice
+    keys: slice
+    window: int | None
 
     def query_heads(self, heads: torch.Tensor, num_groups: int) -> torch.Tensor:
         """``[documents * groups, heads of a group * queries, head_dim]`` of all the run's heads."""
@@ -316,24 +335,48 @@ class _Block:
     def key_heads(self, heads: torch.Tensor) -> torch.Tensor:
         """``[documents * groups, keys, head_dim]``."""
         # Copied before it is transposed: copying the transposed tensor would be 20 times slower.
-        return heads[self.documents, :, : self.queries.stop].flatten(0, 1).contiguous()
+        return heads[self.documents, :, self.keys].flatten(0, 1).contiguous()
+
+    def hide_before_window(self, scores: torch.Tensor) -> None:
+        """Gives keys before a query's window the lowest score, in place.
+
+        Args:
+            scores: bf16 ``[rows, queries, keys]``.
+        """
+        if self.window is None:
+            return
+        # The last query hides the most keys. Key c of the block is hidden from its query r if
+        # c - r is at most `last`.
+        num_hidden = self.queries.stop - self.window - self.keys.start
+        if num_hidden <= 0:
+            return
+        last = self.queries.start - self.window - self.keys.start
+        hidden = torch.ones(scores.shape[1], num_hidden, dtype=torch.bool).tril(last)
+        scores[..., :num_hidden].masked_fill_(hidden, torch.finfo(scores.dtype).min)
 
 
-def _blocks(num_documents: int, num_heads: int, length: int) -> Iterator[_Block]:
-    """Yields the blocks of a run; the last queries of each document, with every key, go first."""
+def _blocks(
+    num_documents: int, num_heads: int, length: int, window: int | None
+) -> Iterator[_Block]:
+    """Yields the blocks of a run; the last queries of each document, with the most keys, go first.
+
+    Without a window, the first block of a document has every key.
+    """
     chunk = min(QUERY_CHUNK, length)
-    together = max(1, BLOCK_SCORES // (num_heads * chunk * length))
+    together = max(1, BLOCK_SCORES // (num_heads * chunk * _num_keys(length, window)))
     for first in range(0, num_documents, together):
         documents = slice(first, min(first + together, num_documents))
         for end in range(length, 0, -chunk):
-            yield _Block(documents, slice(max(0, end - chunk), end))
+            begin = max(0, end - chunk)
+            first_key = 0 if window is None else max(0, begin - window + 1)
+            yield _Block(documents, slice(begin, end), slice(first_key, end), window)
 
 
-def _largest_block(num_documents: int, num_heads: int, length: int) -> int:
+def _largest_block(num_documents: int, num_heads: int, length: int, window: int | None) -> int:
     """Returns the number of scores of a run's largest block, the first one."""
-    first = next(_blocks(num_documents, num_heads, length))
-    documents = range(num_documents)[first.documents]
-    return len(documents) * num_heads * len(range(length)[first.queries]) * length
+    first = next(_blocks(num_documents, num_heads, length, window))
+    documents, queries = range(num_documents)[first.documents], range(length)[first.queries]
+    return len(documents) * num_heads * len(queries) * len(range(length)[first.keys])
 
 
 def _move(tokens: torch.Tensor, run: tuple[int, int, int], angles: Angles | None) -> torch.Tensor:
@@ -372,15 +415,16 @@ class _ComposedAttention(torch.autograd.Function):
         angles: Angles,
         runs: Runs,
         scale: float,
+        window: int | None,
     ) -> torch.Tensor:
-        ctx.angles, ctx.runs, ctx.scale = angles, runs, scale
+        ctx.angles, ctx.runs, ctx.scale, ctx.window = angles, runs, scale, window
         context = torch.empty_like(query, memory_format=torch.contiguous_format)
         saved: list[torch.Tensor] = []
         for run in runs:
             q, k, v = _move(query, run, angles), _move(key, run, angles), _move(value, run, None)
             mixed = torch.empty_like(q)
             saved += (q, k, v)
-            for block in _blocks(run[1], q.shape[1], run[2]):
+            for block in _blocks(run[1], q.shape[1], run[2], window):
                 scores = torch.bmm(
                     block.query_heads(q, k.shape[1]), block.key_heads(k).transpose(1, 2)
                 )
@@ -396,7 +440,7 @@ class _ComposedAttention(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None, None, None]:
         saved = iter(ctx.saved_tensors)
         num_tokens, num_heads, head_dim = gradient.shape
         gradients: tuple[torch.Tensor, ...] = ()
@@ -407,27 +451,31 @@ class _ComposedAttention(torch.autograd.Function):
                     gradient.new_empty(num_tokens, heads, head_dim)
                     for heads in (num_heads, k.shape[1], k.shape[1])
                 )
-            parts = _run_gradients(_move(gradient, run, None), q, k, v, saved, ctx.scale)
+            moved = _move(gradient, run, None)
+            parts = _run_gradients(moved, q, k, v, saved, ctx.scale, ctx.window)
             for part, whole, angles in zip(
                 parts, gradients, (ctx.angles, ctx.angles, None), strict=True
             ):
                 _move_back(part, whole, run, angles)
-        return (*gradients, None, None, None)  # type: ignore[return-value]
+        return (*gradients, None, None, None, None)  # type: ignore[return-value]
 
 
 def _softmax(scores: torch.Tensor, block: _Block, scale: float) -> torch.Tensor:
     """Computes a block's probabilities in place; the heads of a group are rows of one matrix."""
     num_queries = block.queries.stop - block.queries.start
     rows = scores.view(-1, num_queries, scores.shape[-1])
-    return cpu_kernels.causal_softmax(rows, block.queries.start, scale).view(scores.shape)
+    block.hide_before_window(rows)
+    first_query = block.queries.start - block.keys.start
+    return cpu_kernels.causal_softmax(rows, first_query, scale).view(scores.shape)
 
 
 def _softmax_backward(
     probabilities: torch.Tensor, gradient: torch.Tensor, block: _Block, scale: float
 ) -> torch.Tensor:
     shape = (-1, block.queries.stop - block.queries.start, gradient.shape[-1])
+    first_query = block.queries.start - block.keys.start
     cpu_kernels.causal_softmax_backward(
-        probabilities.view(shape), gradient.view(shape), block.queries.start, scale
+        probabilities.view(shape), gradient.view(shape), first_query, scale
     )
     return gradient
 
@@ -439,6 +487,7 @@ def _run_gradients(
     v: torch.Tensor,
     saved: Iterator[torch.Tensor],
     scale: float,
+    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of a run's rotated queries and keys and of its values.
 
@@ -449,13 +498,14 @@ def _run_gradients(
         v: Values, ``[documents, groups, length, head_dim]``.
         saved: Probabilities of every block, in the order of `_blocks`.
         scale: Factor on the scores.
+        window: Tokens of the sliding window; None for none.
     """
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     num_groups, length = k.shape[1], k.shape[2]
-    scratch = q.new_empty(_largest_block(len(q), q.shape[1], length))
-    # Blocks of queries are summed in fp32. A document's first block has every key.
+    scratch = q.new_empty(_largest_block(len(q), q.shape[1], length, window))
+    # Blocks of queries are summed in fp32.
     grad_k = grad_v = torch.empty(0)
-    for block in _blocks(len(q), q.shape[1], length):
+    for block in _blocks(len(q), q.shape[1], length, window):
         probabilities = next(saved)
         scores = scratch[: probabilities.numel()].view(probabilities.shape)
         queries = block.query_heads(q, num_groups)
@@ -466,11 +516,15 @@ def _run_gradients(
         target.copy_(torch.bmm(scores, block.key_heads(k)).view(target.shape))
         part_k = torch.bmm(scores.transpose(1, 2), queries)
         part_v = torch.bmm(probabilities.transpose(1, 2), outputs)
-        if block.queries.stop == length:
+        is_first = block.queries.stop == length
+        if is_first and block.keys.start == 0:  # it has every key
             grad_k, grad_v = part_k.float(), part_v.float()
         else:
-            grad_k[:, : block.queries.stop] += part_k
-            grad_v[:, : block.queries.stop] += part_v
+            if is_first:
+                shape = (len(part_k), length, part_k.shape[2])
+                grad_k, grad_v = (part_k.new_zeros(shape, dtype=torch.float32) for _ in range(2))
+            grad_k[:, block.keys] += part_k
+            grad_v[:, block.keys] += part_v
         if block.queries.start == 0:
             for whole, sums in zip(gradients[1:], (grad_k, grad_v), strict=True):
                 target = whole[block.documents]
@@ -485,6 +539,7 @@ def composed_attention(
     angles: Angles,
     runs: Runs,
     scale: float | None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Rotates queries and keys and attends inside each document.
 
@@ -495,12 +550,13 @@ def composed_attention(
         angles: Cosines and sines, float32[tokens, head_dim / 2].
         runs: ``(start, num_documents, length)`` of documents of equal length.
         scale: Factor on the scores; ``head_dim ** -0.5`` if None.
+        window: Number of tokens that a token sees, itself included; None for all before it.
 
     Returns:
         ``[tokens, heads, head_dim]``.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     context: torch.Tensor = _ComposedAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, angles, runs, scale
+        query, key, value, angles, runs, scale, window
     )
     return context

@@ -45,13 +45,51 @@ def torch_kernels(backend: str) -> AbstractContextManager[object]:
     return sdpa_kernel(TORCH_KERNELS[backend], **order)
 
 
+# Queries of a call with a mask: fewer make many calls, more compute scores that no window holds.
+WINDOW_CHUNK = 256
+
+
 def _torch_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Computes torch's causal attention of ``[documents, heads, length, head_dim]``."""
-    return scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    """Computes torch's causal attention of ``[documents, heads, length, head_dim]``.
+
+    torch's kernels have no window. They are called with a mask for the queries of a chunk and the
+    keys that these see, so that the number of scores grows with the window. There may then be fewer
+    queries than keys, the last of which are aligned.
+    """
+    is_grouped = query.shape[1] != key.shape[1]
+    if window is None or key.shape[2] <= window and query.shape[2] == key.shape[2]:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped
+        )
+    if is_grouped and query.is_cuda:
+        # On GPUs, only the kernels for equal numbers of heads take masks and store no scores.
+        group = query.shape[1] // key.shape[1]
+        key, value = (rows.repeat_interleave(group, dim=1) for rows in (key, value))
+    num_queries, offset = query.shape[2], key.shape[2] - query.shape[2]
+    chunk = max(WINDOW_CHUNK, window)
+    parts = []
+    for begin in range(0, num_queries, chunk):
+        end = min(begin + chunk, num_queries)
+        keys = slice(max(0, offset + begin - window + 1), offset + end)
+        positions = torch.arange(offset + begin, offset + end, device=query.device).unsqueeze(1)
+        distance = positions - torch.arange(keys.start, keys.stop, device=query.device)
+        parts.append(
+            scaled_dot_product_attention(
+                query[:, :, begin:end],
+                key[:, :, keys],
+                value[:, :, keys],
+                attn_mask=(distance >= 0) & (distance < window),
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class PackedCausalAttention(nn.Module):
@@ -80,6 +118,7 @@ class PackedCausalAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.backend = backend
         self.is_deterministic = bool(config.deterministic_mode)
+        self.window = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
         self,
@@ -109,10 +148,10 @@ class PackedCausalAttention(nn.Module):
         assert packed is not None and packed.rotary is not None
         assert attention_mask is None and attention_bias is None
         is_whole = packed.shard is None or packed.shard.is_whole
-        if is_whole and is_composed(query, packed.max_seqlen_q):
+        if is_whole and is_composed(query, packed.max_seqlen_q, self.window):
             angles = packed.rotary.cosines.squeeze(1), packed.rotary.sines.squeeze(1)
             return composed_attention(
-                query, key, value, angles, packed.runs, self.softmax_scale
+                query, key, value, angles, packed.runs, self.softmax_scale, self.window
             ).flatten(1)
         query, key = apply_rotary(query, key, packed.rotary)
         if is_whole:
@@ -142,7 +181,7 @@ class PackedCausalAttention(nn.Module):
             packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
         )
         return KERNELS[self.backend](
-            query, key, value, segments, self.softmax_scale, self.is_deterministic
+            query, key, value, segments, self.softmax_scale, self.is_deterministic, self.window
         )
 
     def _torch(
@@ -158,21 +197,23 @@ class PackedCausalAttention(nn.Module):
         """Attends from the queries of this context-parallel rank to the keys of all ranks.
 
         A span that begins inside its document has fewer queries than keys. torch's causal kernels
-        align both at their begin, so unused queries fill the gap: more work, but no mask.
+        align both at their begin, so unused queries fill the gap: more work, but no mask. A sliding
+        window needs a mask anyway.
         """
         parts = []
         begin = 0
         for start, first, last in packed.spans:
             q = query[begin : begin + last - first]
             begin += last - first
-            q = torch.cat((q.new_zeros(first - start, *q.shape[1:]), q))
+            if self.window is None:
+                q = torch.cat((q.new_zeros(first - start, *q.shape[1:]), q))
             # [length, heads, head_dim] -> [1, heads, length, head_dim]
             q, k, v = (
                 tensor.transpose(0, 1).unsqueeze(0)
                 for tensor in (q, key[start:last], value[start:last])
             )
-            context = _torch_attention(q, k, v, self.softmax_scale)
-            parts.append(context[0, :, first - start :].transpose(0, 1))
+            context = _torch_attention(q, k, v, self.softmax_scale, self.window)
+            parts.append(context[0, :, first - last :].transpose(0, 1))
         return torch.cat(parts)
 
     def _runs(
@@ -187,6 +228,6 @@ class PackedCausalAttention(nn.Module):
                 tensor[rows].view(num_documents, length, *tensor.shape[1:]).transpose(1, 2)
                 for tensor in (query, key, value)
             )
-            context = _torch_attention(q, k, v, self.softmax_scale)
+            context = _torch_attention(q, k, v, self.softmax_scale, self.window)
             parts.append(context.transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -118,6 +118,7 @@ class ForwardStep:
             rotary=self.llama.rotary,
             dtype=self.llama.dtype,
             device=self.device,
+            window=self.llama.window,
         )
         tokens = self._flat(batch.tokens, shard).unsqueeze(0)
         output = model(tokens, None, None, packed_seq_params=packed)

@@ -188,6 +188,11 @@ class Llama:
         return dtype
 
     @property
+    def window(self) -> int | None:
+        """Number of tokens that a token sees, itself included; None for all before it."""
+        return None if self.config.window_size is None else self.config.window_size[0] + 1
+
+    @property
     def output_weight(self) -> torch.Tensor:
         """This rank's rows of the output layer; only on the last pipeline stage."""
         model = self.chunks[-1]

@@ -107,20 +107,23 @@ def gather_context(rows: torch.Tensor, shard: ContextShard) -> torch.Tensor:
     return whole
 
 
-def document_spans(cu_seqlens: list[int], shard: ContextShard) -> tuple[tuple[int, int, int], ...]:
+def document_spans(
+    cu_seqlens: list[int], shard: ContextShard, window: int | None = None
+) -> tuple[tuple[int, int, int], ...]:
     """Returns the spans of documents that this rank's queries belong to.
 
     Returns:
-        ``(document's first token, span's first token, one after its last)`` for each span, in the
-        order of this rank's tokens. Queries of a span see the keys from the document's first token
-        to themselves.
+        ``(first key, span's first token, one after its last)`` for each span, in the order of this
+        rank's tokens. The first key is the document's first token or, with a sliding window of
+        ``window`` tokens, the first one that the span's first token sees.
     """
     spans = []
     for begin, end in shard.token_ranges:
         for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False):
             first, last = max(start, begin), min(stop, end)
             if first < last:
-                spans.append((start, first, last))
+                seen = start if window is None else max(start, first - window + 1)
+                spans.append((seen, first, last))
     return tuple(spans)
 
 
@@ -189,6 +192,7 @@ def pack_tokens(
     rotary: Rotary,
     dtype: torch.dtype,
     device: torch.device,
+    window: int | None = None,
 ) -> PackedTokens:
     """Prepares a micro-batch for attention.
 
@@ -198,13 +202,15 @@ def pack_tokens(
         rotary: The rotary embedding's settings.
         dtype: The dtype of activations.
         device: The model's device.
+        window: Number of tokens that a token sees, itself included; None for all before it. Spans
+            leave out the keys before it, and attention itself hides them from later queries.
     """
     boundaries = cu_seqlens.tolist()
     shard = shard or shard_context(boundaries[-1], rank=0, size=1, group=None)
     runs = equal_length_runs(boundaries)
     positions = to_device(shard.select(document_positions(cu_seqlens)), device)
     table = rotary_table(positions, rotary, table_dtype(dtype, device))
-    spans = () if shard.is_whole else document_spans(boundaries, shard)
+    spans = () if shard.is_whole else document_spans(boundaries, shard, window)
     if spans:
         cu_queries, longest_queries = _cumulative([last - first for _, first, last in spans])
         cu_keys, longest_keys = _cumulative([last - start for start, _, last in spans])

@@ -160,6 +160,7 @@ class TransformerShape:
         vocab_size: Number of embedding rows.
         is_gated: Whether the MLP is gated, as SwiGLU is.
         is_tied: Whether the embedding and the output layer share their weights.
+        window: Number of tokens of the sliding window of attention; None for none.
     """
 
     num_layers: int
@@ -171,6 +172,7 @@ class TransformerShape:
     vocab_size: int
     is_gated: bool = True
     is_tied: bool = False
+    window: int | None = None
 
     @classmethod
     def of(cls, config: RunConfig, vocab_size: int) -> "TransformerShape":
@@ -190,6 +192,7 @@ class TransformerShape:
             head_dim=counts.head_dim,
             vocab_size=padded_vocab_size(model, config.parallel, vocab_size),
             is_tied=not model.untie_embeddings_and_output_weights,
+            window=model.window,
         )
 
     @property
@@ -513,14 +516,19 @@ def attention_seconds(
         num_heads = shape.query_size / shape.head_dim / layout.tensor
         passes = 13 * layout.seq_length * num_heads * layout.tokens / (gpu.hbm * HBM_SHARE)
         return flops / (peak * 0.5) + passes, 2 * flops / (peak * 0.5) + 1.5 * passes
-    share = gpu.attention * layout.seq_length / (layout.seq_length + ATTENTION_RAMP)
+    # Without a window, half of the scores are computed. With one, only the first tokens of a sample
+    # see less than it. A kernel that computes few scores per query is as slow as on a short sample.
+    num_seen = min(layout.seq_length, shape.window or layout.seq_length)
+    computed = num_seen / layout.seq_length * (1 - num_seen / (2 * layout.seq_length))
+    share = gpu.attention * num_seen / (num_seen + ATTENTION_RAMP)
     if layout.stack.attention == "flash2" and gpu.family != "ampere":
         share *= FLASH2_FACTOR
     if shape.head_dim < 96:
         share *= SMALL_HEAD_FACTOR
-    # Half of the scores are computed. The backward pass has 2.5 times the work and is slower:
-    # 1.15 and 0.94 give the share of forward and backward pass together.
-    return flops / 2 / (peak * share * 1.15), 2.5 * flops / 2 / (peak * share * 0.94)
+    # The backward pass has 2.5 times the work and is slower: 1.15 and 0.94 give the share of
+    # forward and backward pass together.
+    forward, backward = flops * computed / (peak * share * 1.15), flops * computed * 2.5
+    return forward, backward / (peak * share * 0.94)
 
 
 def ring_bytes(size: float, num_ranks: int) -> float:

@@ -29,6 +29,8 @@ FULL = ["--recompute-granularity", "full", "--recompute-num-layers", "1", "--rec
 ODD = ["--hidden-size", "48", "--num-attention-heads", "6", "--num-query-groups", "3"]
 ODD += ["--kv-channels", "12"]
 SCALED = ["--rope-scaling-type", "linear", "--rope-scaling-factor", "4"]
+YARN = ["--rope-scaling-type", "yarn", "--rope-scaling-factor", "4", "--window-size", "20,0"]
+YARN += ["--rope-original-max-position-embeddings", "64"]
 MLP = ["--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp"]
 STOP = ["--exit-interval", "5"]
 
@@ -45,6 +47,7 @@ LAYOUTS = {
 OTHERS = {
     "padded_heads": ("odd_heads", ODD, ["--tensor-model-parallel-size", "2"]),
     "scaled_rotary": ("scaled_rotary_local", SCALED, CONTEXT),
+    "windowed": ("windowed_local", YARN, CONTEXT),
 }
 MOVES = ("to_transformer_engine", "from_transformer_engine")
 

@@ -104,7 +104,7 @@ def _attentions(shape: Shape, num_tokens: int, device: torch.device) -> Iterator
     for backend in BACKENDS:
         if obstacle(backend, facts) is not None:
             continue
-        settings = SimpleNamespace(deterministic_mode=False)
+        settings = SimpleNamespace(deterministic_mode=False, window_size=None)
         module = PackedCausalAttention(settings, 1, None, "self", backend=backend)
 
         def call(module: PackedCausalAttention = module) -> object:

@@ -5,6 +5,7 @@ import pytest
 from megatron_chatflow.config import ParallelConfig
 from megatron_chatflow.config.memory import MemoryEstimate, estimate_memory
 from megatron_chatflow.config.shape import (
+    causal_share,
     flops_per_token,
     head_counts,
     num_layer_parameters,
@@ -36,6 +37,19 @@ def test_flops_are_those_of_palm(config) -> None:
     model = config({"model": {"preset": "llama2-7b"}}).model
     expected = 6 * 6_738_415_616 + 12 * 32 * 4096 * 2048
     assert flops_per_token(model, 32_000, 2048) == expected
+
+
+@pytest.mark.parametrize(("window", "num_seen"), [(2048, 2048), (4096, 2048), (256, 256), (1, 1)])
+def test_flops_of_a_sliding_window(config, window: int, num_seen: int) -> None:
+    sizes = {"preset": "llama2-7b", "window_size": [window - 1, 0]}
+    model = config({"model": sizes}).model
+    without = 6 * 6_738_415_616
+    flops = flops_per_token(model, 32_000, 2048)
+    assert flops == without + 12 * 32 * 4096 * num_seen
+    # Each token sees the tokens up to itself, or the window.
+    mean = sum(min(k + 1, window) for k in range(2048)) / 2048
+    causal = causal_share(model, 32_000, 2048) * flops - without
+    assert causal == pytest.approx(12 * 32 * 4096 * (mean - 0.5), abs=12 * 32 * 4096 * 0.5)
 
 
 def test_heads_may_be_of_another_size_than_their_share(config) -> None:

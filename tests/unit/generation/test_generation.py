@@ -1,10 +1,13 @@
 """Tests generation with real, random models: streaming, seeds, stops, templates, the two tools."""
 
+import inspect
 import io
 import json
 import logging
+import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,40 @@ def test_greedy_text_is_transformers_own(folder: Path, generator: Generator) -> 
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0].tolist()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the river" + text
+
+
+@pytest.mark.parametrize("num_prompt", [7, 8, 9, 16, 25])  # around, twice and thrice the window
+def test_a_sliding_window_bounds_the_cache(
+    folder: Path, num_prompt: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token is the most likely one after a forward pass over the whole text, uncached."""
+    shutil.copytree(folder, tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = {**json.loads(path.read_text()), "model_type": "mistral", "sliding_window": 8}
+    path.write_text(json.dumps({**config, "architectures": ["MistralForCausalLM"]}))
+    generator = Generator(tmp_path / "hf")
+    prompt = torch.randint(259, 300, (num_prompt,), generator=torch.Generator().manual_seed(1))
+    model, lengths, logits = generator._model, [], []
+    forward = type(model).forward
+
+    def record(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        output = forward(self, *args, **kwargs)
+        cache = output["cache" if "cache" in output else "past_key_values"]
+        lengths.append(max(layer.keys.shape[-2] for layer in cache.layers))
+        logits.append(output.logits[0, -1])
+        return output
+
+    record.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(model), "forward", record)
+    generator.stream(prompt.tolist(), replace(GREEDY, max_new_tokens=20), lambda piece: None)
+    assert len(lengths) > 8 and max(lengths) < 8
+    monkeypatch.undo()
+    text = prompt.tolist()
+    for found in logits:
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        text.append(int(expected.argmax()))
 
 
 def test_transformers_warns_of_nothing(

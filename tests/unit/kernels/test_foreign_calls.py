@@ -33,7 +33,12 @@ def recorded(file: str, function: str) -> list[Any]:
 
 
 def causal_segments(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    left: int = -1,
 ) -> torch.Tensor:
     """Implements the definition: the last query of a segment attends to all of its keys."""
     group = query.shape[1] // key.shape[1]
@@ -45,6 +50,8 @@ def causal_segments(
     for i in range(len(queries) - 1):
         q, k = query[queries[i] : queries[i + 1]], key[keys[i] : keys[i + 1]]
         seen = torch.ones(len(q), len(k)).tril(len(k) - len(q)).bool()
+        if left >= 0:
+            seen &= seen.triu(len(k) - len(q) - left)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         parts.append(torch.einsum("hqk,khd->qhd", weights, value[keys[i] : keys[i + 1]]))
@@ -61,22 +68,31 @@ def check(backend: str) -> None:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    contexts = [
-        PackedCausalAttention(_Settings(), 1, None, "self", backend=name)(
-            query, key, value, None, packed_seq_params=packed
-        )
-        for name in (backend, "sdpa")
-    ]
-    torch.testing.assert_close(*contexts)
+    for settings in (_Settings(), _Windowed()):
+        contexts = [
+            PackedCausalAttention(settings, 1, None, "self", backend=name)(
+                query, key, value, None, packed_seq_params=packed
+            )
+            for name in (backend, "sdpa")
+        ]
+        torch.testing.assert_close(*contexts)
 
     ends = torch.tensor([0, 2, 5]), torch.tensor([0, 6, 12])
     segments = Segments(*(end.to(torch.int32) for end in ends), 3, 6)
-    context = KERNELS[backend](query[:5], key, value, segments, 0.3, True)
-    torch.testing.assert_close(context, causal_segments(query[:5], key, value, segments, 0.3))
+    for window in (None, 3):
+        context = KERNELS[backend](query[:5], key, value, segments, 0.3, True, window)
+        left = -1 if window is None else window - 1
+        expected = causal_segments(query[:5], key, value, segments, 0.3, left)
+        torch.testing.assert_close(context, expected)
 
 
 class _Settings:
     deterministic_mode = True
+    window_size: tuple[int, int] | None = None
+
+
+class _Windowed(_Settings):
+    window_size = (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +118,10 @@ def test_flash_attn(
             assert given["causal"] is True and given["deterministic"] is True
             lengths = (given[f"{kind}_seqlen{end}"] for kind, end in _FLASH_LENGTHS)
             scale = given.get("softmax_scale") or given["q"].shape[-1] ** -0.5
-            context = causal_segments(given["q"], given["k"], given["v"], Segments(*lengths), scale)
+            left, right = given.get("window_size", (-1, 0))
+            assert right == 0
+            heads = given["q"], given["k"], given["v"]
+            context = causal_segments(*heads, Segments(*lengths), scale, left)
             return (context, None) if returns_softmax else context
 
         install(monkeypatch, module, "flash_attn_varlen_func", function)

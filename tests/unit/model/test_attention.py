@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from megatron_chatflow.kernels.attention import Segments
+from megatron_chatflow.model import attention
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.packed import (
     document_positions,
@@ -13,7 +15,7 @@ from megatron_chatflow.model.packed import (
     pack_tokens,
     shard_context,
 )
-from megatron_chatflow.model.rotary import Rotary
+from megatron_chatflow.model.rotary import Rotary, rotary_table
 from megatron_chatflow.runtime.ranks import Ranks
 
 WHOLE = shard_context(12, rank=0, size=1, group=None)
@@ -23,20 +25,28 @@ class _Settings:
     use_cpu_initialization = True
     params_dtype = torch.float32
     deterministic_mode = False
+    window_size: tuple[int, int] | None = None
 
 
 def _dense_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: list[int]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: list[int],
+    window: int | None = None,
 ) -> torch.Tensor:
     """Computes a masked softmax over all tokens.
 
-    A token attends to earlier ones of its document.
+    A token attends to earlier ones of its document, at most ``window`` with itself.
     """
     num_tokens, num_heads, head_dim = query.shape
     group = num_heads // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     document = torch.bucketize(torch.arange(num_tokens), torch.tensor(cu_seqlens[1:]), right=True)
     seen = (document[:, None] == document[None]) & torch.ones(num_tokens, num_tokens).tril().bool()
+    if window is not None:
+        positions = torch.arange(num_tokens)
+        seen &= positions[:, None] - positions < window
     scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(head_dim)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
@@ -87,6 +97,83 @@ def test_attention_equals_the_dense_reference(
     torch.testing.assert_close(context, expected)
     for gradient, tensor in zip(gradients, (query, key, value), strict=True):
         torch.testing.assert_close(gradient, tensor.grad)
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 16, 25])  # around, twice and thrice the window of 8
+@pytest.mark.parametrize("chunk", [4, 256])
+def test_a_sliding_window_equals_the_dense_reference(
+    single_rank: Ranks, length: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "WINDOW_CHUNK", chunk)
+    cu_seqlens = [0, length, 2 * length, 2 * length + 3]
+    torch.manual_seed(0)
+    tensors = [torch.randn(cu_seqlens[-1], n, 8, requires_grad=True) for n in (4, 2, 2)]
+    packed = pack_tokens(
+        torch.tensor(cu_seqlens, dtype=torch.int32),
+        rotary=Rotary(8, 1.0),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    packed.rotary = rotary_table(torch.zeros(cu_seqlens[-1]), Rotary(8, 1.0), torch.float32)
+    module = PackedCausalAttention(_Windowed(), 1, None, "self")
+    context = module(*tensors, None, packed_seq_params=packed)
+    expected = _dense_attention(*tensors, cu_seqlens, 8)
+    torch.testing.assert_close(context, expected)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), tensors) for x in (context, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "library"])
+def test_a_sliding_window_over_context_parallel_ranks(
+    single_rank: Ranks, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process holds what the ranks would gather."""
+    monkeypatch.setattr(attention, "gather_context", lambda rows, shard: rows)
+    monkeypatch.setattr(attention, "apply_rotary", lambda query, key, *_: (query, key))
+    monkeypatch.setitem(attention.KERNELS, "library", _windowed_segments)
+    cu_seqlens = [0, 3, 21, 22, 48]
+    torch.manual_seed(0)
+    tensors = [torch.randn(48, n, 8) for n in (4, 2, 2)]
+    expected = _dense_attention(*tensors, cu_seqlens, 8)
+    for rank in range(3):
+        shard = shard_context(48, rank=rank, size=3, group=object())
+        packed = pack_tokens(
+            torch.tensor(cu_seqlens, dtype=torch.int32),
+            shard,
+            rotary=Rotary(8, 1.0),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            window=8,
+        )
+        assert packed.max_seqlen_kv <= packed.max_seqlen_q + 7
+        module = PackedCausalAttention(_Windowed(), 1, None, "self", backend=backend)
+        query = shard.select(tensors[0])
+        context = module(query, *tensors[1:], None, packed_seq_params=packed)
+        torch.testing.assert_close(context, shard.select(expected))
+
+
+class _Windowed(_Settings):
+    window_size = (7, 0)
+
+
+def _windowed_segments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float | None,
+    deterministic: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """Computes each segment with the last query aligned to the last key."""
+    parts = []
+    for a, b, c, d in zip(*(cu.tolist()[k:] for cu in segments[:2] for k in (0, 1)), strict=False):
+        # Queries that the segment lacks stand before the others.
+        q = torch.cat((query.new_zeros(d - c - (b - a), *query.shape[1:]), query[a:b]))
+        context = _dense_attention(q, key[c:d], value[c:d], [0, d - c], window)
+        parts.append(context[a - b :].view(b - a, *query.shape[1:]))
+    return torch.cat(parts)
 
 
 def test_context_shards_partition_the_tokens_evenly() -> None:

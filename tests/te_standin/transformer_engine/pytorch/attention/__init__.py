@@ -5,10 +5,15 @@ import torch
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
 
-def _probabilities(query, key, scale):
-    """Returns those of one document; the last query is aligned to the last key."""
+def _probabilities(query, key, scale, left):
+    """Returns those of one document; the last query is aligned to the last key.
+
+    A query sees itself and ``left`` keys before it, or all of them if ``left`` is -1.
+    """
     scores = torch.einsum("qgnd,kgd->gnqk", query, key).float() * scale
     hidden = torch.ones_like(scores, dtype=torch.bool).triu(1 + key.shape[0] - query.shape[0])
+    if left >= 0:
+        hidden |= torch.ones_like(hidden).tril(key.shape[0] - query.shape[0] - left - 1)
     return scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
@@ -28,11 +33,12 @@ def _attention(
     cu_queries: torch.Tensor,
     cu_keys: torch.Tensor,
     scale: float,
+    left: int,
 ) -> torch.Tensor:
     context = torch.empty_like(query, memory_format=torch.contiguous_format)
     queries = query.contiguous(), context
     for q, c, k, v in _documents(cu_queries, cu_keys, queries, (key, value)):
-        c.copy_(torch.einsum("gnqk,kgd->qgnd", _probabilities(q, k, scale).to(v.dtype), v))
+        c.copy_(torch.einsum("gnqk,kgd->qgnd", _probabilities(q, k, scale, left).to(v.dtype), v))
     return context
 
 
@@ -45,6 +51,7 @@ def _attention_backward(
     cu_queries: torch.Tensor,
     cu_keys: torch.Tensor,
     scale: float,
+    left: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_query, grad_key, grad_value = (
         torch.zeros_like(rows, memory_format=torch.contiguous_format)
@@ -53,7 +60,7 @@ def _attention_backward(
     queries = gradient.contiguous(), query.contiguous(), grad_query
     keys = key, value, grad_key, grad_value
     for g, q, grad_q, k, v, grad_k, grad_v in _documents(cu_queries, cu_keys, queries, keys):
-        probabilities, g = _probabilities(q, k, scale), g.float()
+        probabilities, g = _probabilities(q, k, scale, left), g.float()
         products = torch.einsum("qgnd,kgd->gnqk", g, v.float())
         means = (products * probabilities).sum(-1, keepdim=True)
         grad_scores = probabilities * (products - means) * scale
@@ -64,23 +71,24 @@ def _attention_backward(
 
 
 @_attention.register_fake
-def _(query, key, value, cu_queries, cu_keys, scale):
+def _(query, key, value, cu_queries, cu_keys, scale, left):
     return query.new_empty(query.shape)
 
 
 @_attention_backward.register_fake
-def _(gradient, query, key, value, cu_queries, cu_keys, scale):
+def _(gradient, query, key, value, cu_queries, cu_keys, scale, left):
     return tuple(rows.new_empty(rows.shape) for rows in (query, key, value))
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.left = inputs
     ctx.save_for_backward(*tensors, output)  # transformer-engine's kernels read the output too
 
 
 def _gradients(ctx, gradient):
     *tensors, _ = ctx.saved_tensors
-    return *_attention_backward(gradient, *tensors, ctx.scale), None, None, None
+    gradients = _attention_backward(gradient, *tensors, ctx.scale, ctx.left)
+    return *gradients, None, None, None, None
 
 
 _attention.register_autograd(_gradients, setup_context=_keep)
@@ -113,6 +121,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         super().__init__()
         self.softmax_scale = softmax_scale or kv_channels**-0.5
         assert cp_group is None, "the stand-in does not exchange keys and values"
+        self.left, right = (-1, 0) if window_size is None else window_size
+        assert right == 0, "a window of a causal mask ends at the query"
 
     def forward(
         self,
@@ -144,6 +154,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         # of the upper left.
         is_square = cu_seqlens_q is cu_seqlens_kv
         assert attn_mask_type == "padding_causal" + ("" if is_square else "_bottom_right")
+        heads = query_layer, key_layer, value_layer
         return _attention(
-            query_layer, key_layer, value_layer, cu_seqlens_q, cu_seqlens_kv, self.softmax_scale
+            *heads, cu_seqlens_q, cu_seqlens_kv, self.softmax_scale, self.left
         ).flatten(1)
