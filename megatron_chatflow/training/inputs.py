@@ -113,9 +113,10 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
     vocab_size = model_vocab_size(config, tokenizer)
     if grown is not None:
         vocab_size = grown.growth.num_rows
-    elif saved is not None and checkpoint is not None and checkpoint.is_huggingface:
+    elif saved is not None and config.model.vocab_size is None:
         # Models often have more embedding rows than tokens.
-        vocab_size = config.model.vocab_size or max(vocab_size, int(saved.model["vocab_size"]))
+        rows = saved.model.get("vocab_size")
+        vocab_size = max(vocab_size, rows if isinstance(rows, int) else 0)
     packing_versions = {}
     if checkpoint is not None and saved is not None and not checkpoint.weights_only:
         recorded = {name: source.get("packing") for name, source in saved.sources.items()}
