@@ -323,7 +323,7 @@ def _with(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
 
 
 UnpaddedSizes = Mapping[str, tuple[int, int]]
-"""Axis and size of padded matrices by the end of their names, see `config.shape.unpadded_sizes`."""
+"""Axis and size of padded tensors by the end of their names, see `config.shape.unpadded_sizes`."""
 
 
 def unpadded_sizes_of(chunks: list[Any]) -> UnpaddedSizes:
@@ -335,15 +335,14 @@ def unpadded_sizes_of(chunks: list[Any]) -> UnpaddedSizes:
 def unpadded_values(
     name: str, begin: Sequence[int], data: torch.Tensor, unpadded_sizes: UnpaddedSizes
 ) -> torch.Tensor | None:
-    """Returns a view of a matrix's slice without padded heads; None if nothing remains.
+    """Returns a view of a tensor's slice without padded heads; None if nothing remains.
 
-    The slice ``data`` has any number of axes before the last two and begins at ``begin``.
+    The slice ``data`` may have axes of layers before those of ``begin``, where it begins.
     """
     found = _find(name, unpadded_sizes)
     if found is None:
         return data
     axis, size = found
-    axis -= 2
     length = min(data.shape[axis], size - begin[axis])
     return data.narrow(axis, 0, length) if length > 0 else None
 
@@ -362,7 +361,7 @@ def unpadded_shard(shard: TensorShard, unpadded_sizes: UnpaddedSizes) -> TensorS
     if own is None:
         return None
     # Where all layers are one tensor, the axes of layers come first.
-    axis = found[0] + len(shard.global_shape) - 2
+    axis = found[0] + len(shard.global_shape)
     whole = (*shard.global_shape[:axis], found[1], *shard.global_shape[axis + 1 :])
     return replace(
         shard, global_shape=whole, sizes=tuple(own.shape), values=own, remainders=remainders

@@ -1,4 +1,10 @@
-"""Published model shapes, and the conversion of rotary scaling to and from Hugging Face.
+"""The supported architectures, the sizes of published models, and rotary scaling, as data.
+
+`ARCHITECTURES` is the only place that knows what tells one family of models from another: the
+names that Hugging Face gives it, what its config.json leaves out, and which of megatron-core's
+switches it sets. The tensors that a switch adds are in `convert.weight_map`. A dense decoder with
+RMSNorm, SwiGLU and rotary positions is added by one entry here and one in
+``tools/check_architectures.py``, which compares it with transformers at every layout.
 
 `PRESETS` maps the name of a preset to fields of the model section. A preset fills only the fields
 that are unset. The functions convert between the model section's ``rope_`` fields and the
@@ -8,6 +14,7 @@ config.json. The supported kinds of scaling are linear, dynamic (NTK), llama3 an
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -94,14 +101,14 @@ def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]
         raise UserError(f"{path}: rope_theta must be a positive number, not {shorten(theta)}")
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise UserError(
-            f"{path}: has RoPE parameters by type of layer, which is not supported; LLaMA has "
-            "one type of layer"
+            f"{path}: has RoPE parameters by type of layer, which is not supported; the "
+            "supported models have one type of layer"
         )
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise UserError(
-            f"{path}: partial_rotary_factor is {partial!r}; only 1 is supported, because LLaMA "
-            "applies RoPE to whole heads"
+            f"{path}: partial_rotary_factor is {partial!r}; only 1 is supported, because "
+            "RoPE is applied to whole heads"
         )
     if kind == "default":
         return {"rotary_base": float(theta)}
@@ -167,39 +174,207 @@ def huggingface_rope(model: Any) -> dict[str, Any] | None:
     return {"rope_type": kind, **numbers}
 
 
-# Touvron et al. 2023, "Llama 2" (arXiv 2307.09288), and the released parameter files.
+@dataclass(frozen=True)
+class Architecture:
+    """A family of models.
+
+    Attributes:
+        model_type: Its name in config.json.
+        class_name: Its class in transformers, which config.json lists as ``architectures``.
+        defaults: Fields that a config.json may omit, with transformers' values where they are not
+            those of `DEFAULTS`.
+        required: Fields that change the function of the model, with the only supported value.
+        extra: Fields that are written to a config.json and that change nothing.
+        add_qkv_bias: Whether queries, keys and values have a bias.
+        qk_layernorm: Whether the queries and the keys of each head have an RMSNorm.
+        window: How config.json states a sliding window. ``always``: ``sliding_window`` is the
+            window of every layer. ``switched``: it is that of the layers in ``layer_types``, or
+            from ``max_window_layers`` on if ``use_sliding_window`` is set. ``none``: there is none.
+    """
+
+    model_type: str
+    class_name: str
+    defaults: Mapping[str, Any]
+    required: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    window: Literal["none", "always", "switched"] = "none"
+
+    def fits(self, model: Any) -> bool:
+        """Returns whether a model section or shape has the layers of this architecture."""
+        switches = (model.add_qkv_bias, model.qk_layernorm)
+        has_window = model.window_size is None or self.window != "none"
+        return has_window and switches == (self.add_qkv_bias, self.qk_layernorm)
+
+    def window_fields(self, window: int | None, num_layers: int) -> dict[str, Any]:
+        """Returns the fields of config.json for a sliding window in every layer, or for none."""
+        if self.window == "none":
+            return {}
+        if self.window == "always":
+            return {"sliding_window": window}
+        return {
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "max_window_layers": num_layers if window is None else 0,
+        }
+
+
+# The names of fields in config.json and in the model section, the same in every architecture.
+CONFIG_NAMES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "norm_epsilon",
+    "initializer_range": "init_method_std",
+}
+DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
+
+# Defaults are those of the classes ``LlamaConfig``, ``MistralConfig``, ``Qwen2Config`` and
+# ``Qwen3Config`` of transformers 5.24.
+ARCHITECTURES: dict[str, Architecture] = {
+    each.model_type: each
+    for each in (
+        Architecture(
+            "llama",
+            "LlamaForCausalLM",
+            defaults={"max_position_embeddings": 2048},
+            required={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+            extra={"attention_dropout": 0.0, "pretraining_tp": 1},
+        ),
+        Architecture(
+            "mistral",
+            "MistralForCausalLM",
+            defaults={
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 8,
+                "sliding_window": 4096,
+            },
+            required={"hidden_act": "silu"},
+            extra={"attention_dropout": 0.0},
+            window="always",
+        ),
+        Architecture(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            defaults={
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 32,
+                "sliding_window": 4096,
+                "max_window_layers": 28,
+            },
+            required={"hidden_act": "silu"},
+            extra={"attention_dropout": 0.0},
+            add_qkv_bias=True,
+            window="switched",
+        ),
+        Architecture(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            defaults={
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 32,
+                "head_dim": 128,
+                "sliding_window": 4096,
+                "max_window_layers": 28,
+            },
+            required={"hidden_act": "silu", "attention_bias": False},
+            extra={"attention_dropout": 0.0},
+            qk_layernorm=True,
+            window="switched",
+        ),
+    )
+}
+
+
+def supported_classes() -> str:
+    """Returns the names of the supported classes of transformers, for messages."""
+    return ", ".join(each.class_name for each in ARCHITECTURES.values())
+
+
+def architecture_of(model: Any) -> Architecture:
+    """Returns the architecture of a model section or shape, the first one whose layers it has.
+
+    Raises:
+        UserError: No supported architecture has these layers.
+    """
+    found = next((each for each in ARCHITECTURES.values() if each.fits(model)), None)
+    if found is None:
+        raise UserError(
+            "model.add_qkv_bias and model.qk_layernorm: both are set, and no supported "
+            f"architecture ({supported_classes()}) has both; remove one of them"
+        )
+    return found
+
+
+def _sizes(
+    layers: int, hidden: int, ffn: int, heads: int, groups: int, longest: int, **others: Any
+) -> dict[str, Any]:
+    return {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": ffn,
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "max_position_embeddings": longest,
+        **others,
+    }
+
+
+def _llama3(factor: float) -> dict[str, Any]:
+    return {
+        "rotary_base": 500000.0,
+        "rope_scaling_type": "llama3",
+        "rope_scaling_factor": factor,
+        "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 4.0,
+        "rope_original_max_position_embeddings": 8192,
+    }
+
+
+_TIED = {"untie_embeddings_and_output_weights": False}
+_QWEN2 = {"add_qkv_bias": True, "rotary_base": 1e6, "norm_epsilon": 1e-6}
+_QWEN2_LARGE = {**_QWEN2, "norm_epsilon": 1e-5}  # of the base models with 14B and more
+_QWEN3 = {"qk_layernorm": True, "rotary_base": 1e6, "norm_epsilon": 1e-6}
+_NARROW = {**_QWEN3, "kv_channels": 128}  # 128 is not hidden_size / num_attention_heads
+
+# The figures are those of config.json in the repositories that the authors published on Hugging
+# Face: meta-llama/*, mistralai/*, Qwen/* (base models, except that the context of Qwen3 is that of
+# the models after post-training). LLaMA 2 also in Touvron et al. 2023, "Llama 2" (arXiv
+# 2307.09288), Qwen2.5 in Yang et al. 2024, table 1 (arXiv 2412.15115), Qwen3 in Yang et al. 2025,
+# table 1 (arXiv 2505.09388).
 PRESETS: dict[str, dict[str, Any]] = {
-    "llama2-7b": {
-        "num_layers": 32,
-        "hidden_size": 4096,
-        "ffn_hidden_size": 11008,
-        "num_attention_heads": 32,
-        "num_query_groups": 32,
-        "max_position_embeddings": 4096,
-    },
-    "llama2-13b": {
-        "num_layers": 40,
-        "hidden_size": 5120,
-        "ffn_hidden_size": 13824,
-        "num_attention_heads": 40,
-        "num_query_groups": 40,
-        "max_position_embeddings": 4096,
-    },
-    "llama2-70b": {
-        "num_layers": 80,
-        "hidden_size": 8192,
-        "ffn_hidden_size": 28672,
-        "num_attention_heads": 64,
-        "num_query_groups": 8,
-        "max_position_embeddings": 4096,
-    },
+    "llama2-7b": _sizes(32, 4096, 11008, 32, 32, 4096),
+    "llama2-13b": _sizes(40, 5120, 13824, 40, 40, 4096),
+    "llama2-70b": _sizes(80, 8192, 28672, 64, 8, 4096),
+    "llama3-8b": _sizes(32, 4096, 14336, 32, 8, 8192, rotary_base=500000.0),
+    "llama3.1-8b": _sizes(32, 4096, 14336, 32, 8, 131072, **_llama3(8.0)),
+    "llama3.1-70b": _sizes(80, 8192, 28672, 64, 8, 131072, **_llama3(8.0)),
+    "llama3.2-1b": _sizes(16, 2048, 8192, 32, 8, 131072, **_llama3(32.0), **_TIED),
+    "llama3.2-3b": _sizes(28, 3072, 8192, 24, 8, 131072, **_llama3(32.0), **_TIED),
+    "qwen2-0.5b": _sizes(24, 896, 4864, 14, 2, 131072, **_QWEN2, **_TIED),
+    "qwen2-1.5b": _sizes(28, 1536, 8960, 12, 2, 131072, **_QWEN2, **_TIED),
+    "qwen2-7b": _sizes(28, 3584, 18944, 28, 4, 131072, **_QWEN2),
+    "qwen2-72b": _sizes(80, 8192, 29568, 64, 8, 131072, **_QWEN2_LARGE),
+    "qwen2.5-0.5b": _sizes(24, 896, 4864, 14, 2, 32768, **_QWEN2, **_TIED),
+    "qwen2.5-1.5b": _sizes(28, 1536, 8960, 12, 2, 131072, **_QWEN2, **_TIED),
+    "qwen2.5-3b": _sizes(36, 2048, 11008, 16, 2, 32768, **_QWEN2, **_TIED),
+    "qwen2.5-7b": _sizes(28, 3584, 18944, 28, 4, 131072, **_QWEN2),
+    "qwen2.5-14b": _sizes(48, 5120, 13824, 40, 8, 131072, **_QWEN2_LARGE),
+    "qwen2.5-32b": _sizes(64, 5120, 27648, 40, 8, 131072, **_QWEN2_LARGE),
+    "qwen2.5-72b": _sizes(80, 8192, 29568, 64, 8, 131072, **_QWEN2_LARGE),
+    "qwen3-0.6b": _sizes(28, 1024, 3072, 16, 8, 40960, **_NARROW, **_TIED),
+    "qwen3-1.7b": _sizes(28, 2048, 6144, 16, 8, 40960, **_QWEN3, **_TIED),
+    "qwen3-4b": _sizes(36, 2560, 9728, 32, 8, 40960, **_NARROW, **_TIED),
+    "qwen3-8b": _sizes(36, 4096, 12288, 32, 8, 40960, **_QWEN3),
+    "qwen3-14b": _sizes(40, 5120, 17408, 40, 8, 40960, **_QWEN3),
+    "qwen3-32b": _sizes(64, 5120, 25600, 64, 8, 40960, **_NARROW),
+    "mistral-7b-v0.1": _sizes(32, 4096, 14336, 32, 8, 32768, window_size=(4095, 0)),
+    "mistral-7b-v0.3": _sizes(32, 4096, 14336, 32, 8, 32768, rotary_base=1e6),
     # Small enough for a CPU. It has grouped queries to cover the code paths of the large models.
-    "tiny": {
-        "num_layers": 4,
-        "hidden_size": 256,
-        "ffn_hidden_size": 688,
-        "num_attention_heads": 8,
-        "num_query_groups": 4,
-        "max_position_embeddings": 2048,
-    },
+    "tiny": _sizes(4, 256, 688, 8, 4, 2048),
 }

@@ -1,7 +1,6 @@
-"""Converts the config.json of a Hugging Face LLaMA to a model section.
+"""Converts the config.json of a Hugging Face model to a model section.
 
-A Mistral without a sliding window is supported as well, because its tensors have the same names and
-the same function as those of a LLaMA.
+`config.architectures` lists the supported architectures.
 """
 
 import json
@@ -9,35 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.config.architectures import is_positive_number, rope_of_huggingface
+from megatron_chatflow.config.architectures import (
+    ARCHITECTURES,
+    CONFIG_NAMES,
+    DEFAULTS,
+    Architecture,
+    is_positive_number,
+    rope_of_huggingface,
+    supported_classes,
+)
 from megatron_chatflow.config.fields import MAX_LAYERS, shorten
 from megatron_chatflow.errors import UserError
 
-# The names of the fields in Hugging Face's LlamaConfig and here.
-CONFIG_NAMES = {
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_query_groups",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "rms_norm_eps": "norm_epsilon",
-    "initializer_range": "init_method_std",
-}
 _LARGEST_SIZE = 2**31 - 1
-# The architecture of each model_type, and the defaults of fields that a config.json may omit.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-_CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.02,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-}
 
 
 def read_huggingface_config(folder: Path) -> dict[str, Any]:
@@ -61,23 +44,35 @@ def read_huggingface_config(folder: Path) -> dict[str, Any]:
 def model_of_huggingface(folder: Path) -> dict[str, Any]:
     """Reads the values of the model section, including ``vocab_size``, from a Hugging Face folder.
 
-    The ``rope_`` fields are present only if the model has rotary scaling, and ``kv_channels`` only
-    if the sizes of the heads do not add up to the hidden size.
-
     Raises:
-        UserError: If config.json is invalid, or the model is not a LLaMA or has unsupported parts.
+        UserError: If config.json is invalid, or the model is of an unsupported architecture or has
+            unsupported parts.
     """
-    path = folder / "config.json"
-    config = read_huggingface_config(folder)
+    return model_of_config(folder / "config.json", read_huggingface_config(folder))
+
+
+def architecture_of_config(path: Path, config: Mapping[str, Any]) -> Architecture:
+    """Returns the architecture that a config.json names; the path is for messages."""
     kind = config.get("model_type")
     named = config.get("architectures") or kind
-    architecture = named[0] if isinstance(named, list) else named
-    if kind not in tuple(ARCHITECTURES) or architecture not in (kind, ARCHITECTURES[kind]):
+    name = named[0] if isinstance(named, list) else named
+    if kind not in tuple(ARCHITECTURES) or name not in (kind, ARCHITECTURES[kind].class_name):
+        shown = shorten(name).strip("'")
         raise UserError(
-            f"{path}: architecture {architecture} is not supported; use LlamaForCausalLM, or "
-            "MistralForCausalLM without a sliding window"
+            f"{path}: architecture {shown} is not supported; supported architectures are "
+            f"{supported_classes()}"
         )
-    config = {**_CONFIG_DEFAULTS[kind], **config}
+    return ARCHITECTURES[kind]
+
+
+def model_of_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of the model section for a config.json, as `model_of_huggingface`.
+
+    The ``rope_`` fields are present only if the model has rotary scaling, and ``kv_channels`` only
+    if the sizes of the heads do not add up to the hidden size. The path is for messages.
+    """
+    architecture = architecture_of_config(path, config)
+    config = {**DEFAULTS, **architecture.defaults, **config}
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config.get("num_attention_heads")
     for name, ours in CONFIG_NAMES.items():
@@ -88,10 +83,15 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
         largest = MAX_LAYERS if ours == "num_layers" else _LARGEST_SIZE
         if is_size and value > largest:
             raise UserError(f"{path}: {name} must be at most {largest}, not {shorten(value)}")
-    _refuse_variants(path, config)
+    _refuse_variants(path, config, architecture)
     rope = rope_of_huggingface(path, config)
-    if kind == "mistral":
-        _refuse_window(path, config, rope)
+    window = _window(path, config, architecture, rope)
+    if window is not None:
+        raise UserError(
+            f"{path}: sliding_window is {window}, which is not supported; use a model whose "
+            "sliding_window is null, or lower max_position_embeddings in this file to the window, "
+            "up to which both models are equal"
+        )
     head_dim = config.get("head_dim")
     if head_dim is not None and head_dim * config["num_attention_heads"] != config["hidden_size"]:
         rope["kv_channels"] = head_dim
@@ -101,10 +101,12 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
         "norm_epsilon": float(config["rms_norm_eps"]),
         "init_method_std": float(config["initializer_range"]),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "add_qkv_bias": architecture.add_qkv_bias,
+        "qk_layernorm": architecture.qk_layernorm,
     }
 
 
-def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
+def _refuse_variants(path: Path, config: Mapping[str, Any], architecture: Architecture) -> None:
     """Rejects models that could be loaded but would compute different results."""
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim, hidden_size = config.get("head_dim"), config["hidden_size"]
@@ -122,20 +124,61 @@ def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
         )
     if config.get("quantization_config") is not None:
         raise UserError(f"{path}: the model is quantized; use one that is not")
-    for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+    for name, expected in architecture.required.items():
         if config.get(name, expected) != expected:
             raise UserError(f"{path}: {name} is {config[name]!r}; only {expected!r} is supported")
 
 
-def _refuse_window(path: Path, config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
-    """Rejects a Mistral with a sliding window that is shorter than its longest text."""
+def _windowed_layers(path: Path, config: Mapping[str, Any], architecture: Architecture) -> int:
+    """Returns the number of layers with a sliding window."""
+    num_layers: int = config["num_hidden_layers"]
+    if architecture.window == "none":
+        return 0
+    if architecture.window == "always":
+        return 0 if config["sliding_window"] is None else num_layers
+    is_on = bool(config.get("use_sliding_window")) and config["sliding_window"] is not None
+    kinds, first = config.get("layer_types"), config["max_window_layers"]
+    if kinds is not None:
+        known = ("full_attention", "sliding_attention")
+        is_list = isinstance(kinds, list) and len(kinds) == num_layers
+        if not is_list or not all(kind in known for kind in kinds):
+            raise UserError(
+                f"{path}: layer_types must name one of {', '.join(known)} for each of the "
+                f"{num_layers} layers; other types of layers are not supported"
+            )
+        count: int = kinds.count("sliding_attention")
+        if count and not is_on:
+            raise UserError(
+                f"{path}: layer_types has sliding_attention, and use_sliding_window or "
+                "sliding_window is not set; correct it"
+            )
+        return count
+    if not is_on:
+        return 0
+    if type(first) is not int or first < 0:
+        raise UserError(f"{path}: max_window_layers must be a number of layers, not {first!r}")
+    return max(0, num_layers - first)
+
+
+def _window(
+    path: Path, config: Mapping[str, Any], architecture: Architecture, rope: Mapping[str, Any]
+) -> int | None:
+    """Returns the sliding window of every layer in tokens; None if no text is longer than it."""
+    count, num_layers = _windowed_layers(path, config, architecture), config["num_hidden_layers"]
+    if count == 0:
+        return None
     window, longest = config["sliding_window"], config["max_position_embeddings"]
     if rope.get("rope_scaling_type") == "dynamic":  # the stated length is that before scaling
         longest *= rope["rope_scaling_factor"]
-    if window is None or (is_positive_number(window) and window >= longest):
-        return
-    raise UserError(
-        f"{path}: sliding_window is {shorten(window)}, but LLaMA's attention has no window; use "
-        "a Mistral model whose sliding_window is null, or lower max_position_embeddings in this "
-        "file to the window, up to which both models are equal"
-    )
+    if type(window) is not int or not 0 < window <= _LARGEST_SIZE:
+        raise UserError(
+            f"{path}: sliding_window is {shorten(window)}, not a number of tokens; correct it"
+        )
+    if window >= longest:
+        return None
+    if count < num_layers:
+        raise UserError(
+            f"{path}: only {count} of {num_layers} layers have a sliding window, which is not "
+            "supported; use a model with use_sliding_window false"
+        )
+    return window

@@ -8,6 +8,7 @@ real runs.
 from dataclasses import dataclass
 
 from megatron_chatflow.config.shape import (
+    HeadCounts,
     head_counts,
     num_layer_parameters,
     num_model_chunks,
@@ -272,6 +273,7 @@ def layer_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:
     attention that stores no scores. The layer stores the following tensors:
 
     * norms: their inputs and outputs,
+    * norms of queries and keys, if the model has them: see `_head_norm_size`,
     * attention: rotated queries and keys, values, and the context,
     * SwiGLU: both halves and the product.
 
@@ -298,12 +300,16 @@ def layer_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:
         scores = config.data.seq_length // 2 + min(_QUERY_CHUNK, config.data.seq_length) // 2
         scores = min(scores, num_keys)
         projected, attended = counts.projected_size, counts.heads * scores
+    normed = _head_norm_size(config, counts, on_cpu)
     if train.recomputes("core_attn"):
         projected, attended = counts.projected_size, 0
+        if model.qk_layernorm:  # normalized queries and keys are no views
+            attended = query + key_value
+            normed -= 0 if is_fused else counts.projected_size
     num_ffn = 0 if train.recomputes("mlp") else _num_ffn_tensors(config, on_cpu)
     # torch's norm on CPUs also stores the normalized states.
     num_whole = 6.0 if on_cpu and not is_fused else 4.0
-    inside = projected + attended + query + num_ffn * float(model.ffn_hidden_size)
+    inside = projected + normed + attended + query + num_ffn * float(model.ffn_hidden_size)
     share, size = _quantized_share(config, stage), _value_bytes(config)
     saving = share * (1 - _quantized_bytes(config) / size)
     num_whole -= 2 * saving
@@ -319,6 +325,23 @@ def _num_composed_keys(config: RunConfig) -> int:
     """Returns the largest number of keys of a block of queries in the composed attention."""
     length, window = config.data.seq_length, config.model.window
     return length if window is None else min(length, min(_QUERY_CHUNK, length) + window - 1)
+
+
+def _head_norm_size(config: RunConfig, counts: HeadCounts, on_cpu: bool) -> int:
+    """Returns how many values per token the norms of queries and keys store over all TP ranks.
+
+    They store their inputs. Keys are a view of the output of the QKV projection, which is then kept
+    as a whole, and so are queries unless the heads of several groups are put together. Compiled
+    kernels on CPUs, and transformer-engine, store copies instead, which are not larger.
+    """
+    if not config.model.qk_layernorm:
+        return 0
+    both = counts.query_size + counts.key_value_size
+    if on_cpu and config.train.bf16:
+        return both
+    is_copied = counts.heads > counts.groups > config.parallel.tensor_model_parallel_size
+    size = counts.projected_size + (counts.query_size if is_copied else 0)
+    return size + both if on_cpu else size  # torch's norm on CPUs also stores normalized values
 
 
 def _offloaded_layer_bytes(config: RunConfig, *, on_host: bool = False) -> int:

@@ -67,7 +67,7 @@ def _given(data: Any, key: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ModelConfig:
-    """Shape of the LLaMA model.
+    """Shape of the model, a decoder with RMSNorm, SwiGLU and rotary positions.
 
     Sizes that are not given are filled from the preset, so every size is set after construction.
     """
@@ -89,6 +89,10 @@ class ModelConfig:
     """number of key/value heads for grouped-query attention; num_attention_heads when unset"""
     kv_channels: Size | None = None
     """size of an attention head; hidden_size / num_attention_heads when unset"""
+    add_qkv_bias: Switch = False
+    """add a bias to queries, keys and values, as in Qwen2"""
+    qk_layernorm: Switch = False
+    """normalize the queries and the keys of each head with RMSNorm, as in Qwen3"""
     max_position_embeddings: Size
     """maximum sequence length in tokens"""
     rotary_base: PositiveNumber = 10000.0

@@ -80,9 +80,9 @@ def head_counts(model: ModelConfig, parallel: ParallelConfig | None = None) -> H
     """Returns the model's attention heads, including padding heads if ``parallel`` is given.
 
     If ``parallel.pad_attention_heads`` is set, whole groups are appended until the number of groups
-    is divisible by the tensor-parallel size. The weights of padding heads are 0 and remain 0: their
-    values are 0, so they do not contribute to the output, and their columns in the output
-    projection are 0, so they receive no gradient.
+    is divisible by the tensor-parallel size. Weights and biases of padding heads are 0 and remain
+    0: their values are 0, so they do not contribute to the output, and their columns in the output
+    projection are 0, so they receive no gradient. Norms of queries and keys map 0 to 0.
     """
     groups = model.num_query_groups
     if parallel is not None and parallel.pad_attention_heads:
@@ -94,29 +94,32 @@ def head_counts(model: ModelConfig, parallel: ParallelConfig | None = None) -> H
 
 
 def unpadded_sizes(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
-    """Returns the unpadded sizes of the matrices that head padding enlarges.
+    """Returns the unpadded sizes of the tensors that head padding enlarges.
 
     Returns:
-        The padded axis and the unpadded length along it, by the suffix of the matrix's name in
-        megatron-core. Empty if no heads are padded.
+        The padded axis, counted from the last one as -1, and the unpadded length along it, by the
+        suffix of the tensor's name in megatron-core. Empty if no heads are padded.
     """
     own = head_counts(model)
     if own == head_counts(model, parallel):
         return {}
     return {
-        "self_attention.linear_qkv.weight": (0, own.projected_size),
-        "self_attention.linear_proj.weight": (1, own.query_size),
+        "self_attention.linear_qkv.weight": (-2, own.projected_size),
+        "self_attention.linear_qkv.bias": (-1, own.projected_size),
+        "self_attention.linear_proj.weight": (-1, own.query_size),
     }
 
 
 def num_layer_parameters(model: ModelConfig, parallel: ParallelConfig | None = None) -> int:
-    """Returns the number of parameters of one transformer layer: attention, SwiGLU and two norms.
+    """Returns the number of parameters of one transformer layer: attention, SwiGLU and norms.
 
     If ``parallel`` is given, the parameters of padding heads are included.
     """
     hidden = model.hidden_size
     counts = head_counts(model, parallel)
     attention = hidden * (counts.projected_size + counts.query_size)
+    attention += counts.projected_size if model.add_qkv_bias else 0
+    attention += 2 * counts.head_dim if model.qk_layernorm else 0
     return attention + 3 * hidden * model.ffn_hidden_size + 2 * hidden
 
 

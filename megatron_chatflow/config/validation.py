@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from megatron_chatflow.config.architectures import YARN_FIELDS, longest_text
+from megatron_chatflow.config.architectures import YARN_FIELDS, architecture_of, longest_text
 from megatron_chatflow.config.batch_ramp import BatchSizes
 from megatron_chatflow.config.fields import CONFIG, differing_numbers
 from megatron_chatflow.config.problems import describe, did_you_mean
@@ -119,6 +119,7 @@ def check(config: "RunConfig") -> None:
 
 def check_model(model: ModelConfig) -> None:
     """Checks that the fields of a model's shape are consistent."""
+    architecture_of(model)
     heads = model.num_attention_heads
     if model.kv_channels is None and model.hidden_size % heads:
         raise UserError(

@@ -515,8 +515,10 @@ def _decoder(
         ) from None
     library_logging: Any = transformers.utils.logging
     library_logging.disable_progress_bar()
-    config: Any = transformers.LlamaConfig.from_dict(huggingface_config(shape, dtype, {}))
-    model: Any = transformers.LlamaForCausalLM.from_pretrained(
+    content = huggingface_config(shape, dtype, {})
+    library_class: Any = getattr(transformers, content["architectures"][0])
+    config: Any = library_class.config_class.from_dict(content)
+    model: Any = library_class.from_pretrained(
         None, config=config, state_dict=dict(weights), dtype=dtype
     )
     model.requires_grad_(False)

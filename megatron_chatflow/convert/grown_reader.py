@@ -32,13 +32,11 @@ from megatron_chatflow.convert.distributed import (
     DistributedReader,
 )
 from megatron_chatflow.convert.vocabulary import GrownVocabulary, grow_tensor
-from megatron_chatflow.convert.weight_map import LLAMA_RULES
+from megatron_chatflow.convert.weight_map import RULES
 from megatron_chatflow.errors import UserError
 
 # megatron-core's and Hugging Face's names of the tensors with one row for each vocabulary entry.
-_VOCABULARY = {
-    rule.megatron: rule.parts[0].name for rule in LLAMA_RULES if rule.has_vocabulary_rows
-}
+_VOCABULARY = {rule.megatron: rule.parts[0].name for rule in RULES if rule.has_vocabulary_rows}
 _FIRST_MOMENT = "optimizer.state.exp_avg."
 _SECOND_MOMENT = "optimizer.state.exp_avg_sq."
 

@@ -1,4 +1,4 @@
-"""The shape of a LLaMA, as recorded in checkpoints and in Hugging Face's ``config.json``."""
+"""The shape of a model, as recorded in checkpoints and in Hugging Face's ``config.json``."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -12,13 +12,16 @@ from megatron_chatflow.checkpoint.files import read_state
 from megatron_chatflow.checkpoint.recorded_config import read_run_config
 from megatron_chatflow.config import ModelConfig
 from megatron_chatflow.config.architectures import (
+    CONFIG_NAMES,
     YARN_FIELDS,
+    Architecture,
     RopeScaling,
+    architecture_of,
     dynamic_base,
     huggingface_rope,
     longest_text,
 )
-from megatron_chatflow.config.huggingface import CONFIG_NAMES, model_of_huggingface
+from megatron_chatflow.config.huggingface import model_of_config, model_of_huggingface
 from megatron_chatflow.config.problems import describe
 from megatron_chatflow.config.validation import check_model
 from megatron_chatflow.errors import UserError
@@ -29,7 +32,7 @@ TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """A LLaMA's shape and settings that change its output; the names are `ModelConfig`'s."""
+    """A model's shape and settings that change its output; the names are `ModelConfig`'s."""
 
     num_layers: int
     hidden_size: int
@@ -55,6 +58,8 @@ class LlamaShape:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     window_size: tuple[int, int] | None = None
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> "LlamaShape":
@@ -69,8 +74,9 @@ class LlamaShape:
             left_out.add("max_position_embeddings")
         if self.rope_scaling_type is None:
             left_out |= {field.name for field in fields(self) if field.name.startswith("rope_")}
-        later = ("kv_channels", *YARN_FIELDS, "window_size")  # absent from earlier versions' states
-        left_out |= {name for name in later if getattr(self, name) is None}
+        # Absent from the states of versions that had only the default.
+        later = ("kv_channels", *YARN_FIELDS, "window_size", "add_qkv_bias", "qk_layernorm")
+        left_out |= {name for name in later if getattr(self, name) == _DEFAULTS[name]}
         values = {name: value for name, value in asdict(self).items() if name not in left_out}
         if self.window_size is not None:
             values["window_size"] = list(self.window_size)  # as JSON returns it
@@ -80,6 +86,11 @@ class LlamaShape:
     def head_dim(self) -> int:
         """Size of an attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def window(self) -> int | None:
+        """Number of tokens that a token sees with its window, itself included; None for all."""
+        return None if self.window_size is None else self.window_size[0] + 1
 
     @property
     def longest(self) -> int:
@@ -146,24 +157,35 @@ def shape_of_huggingface(folder: Path) -> LlamaShape:
     return LlamaShape(**model_of_huggingface(folder))
 
 
+def shape_of_config(path: Path, config: Mapping[str, Any]) -> LlamaShape:
+    """Returns the shape that the content of a config.json describes; the path is for messages."""
+    return LlamaShape(**model_of_config(path, config))
+
+
 def huggingface_config(
-    shape: LlamaShape, dtype: torch.dtype, special_ids: Mapping[str, int | None]
+    shape: LlamaShape,
+    dtype: torch.dtype,
+    special_ids: Mapping[str, int | None],
+    architecture: Architecture | None = None,
 ) -> dict[str, Any]:
     """Returns the content of a model's config.json.
 
-    ``special_ids`` are ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
+    Args:
+        shape: The model's shape.
+        dtype: The dtype of the stored weights.
+        special_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
+        architecture: The architecture to name, if several have the model's layers.
     """
+    architecture = architecture or architecture_of(shape)
     theirs = {theirs: getattr(shape, ours) for theirs, ours in CONFIG_NAMES.items()}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
         **theirs,
         "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
+        **architecture.required,
+        **architecture.extra,
+        **architecture.window_fields(shape.window, shape.num_layers),
         "rope_theta": shape.rotary_base,
         "rope_scaling": huggingface_rope(shape),
         "tie_word_embeddings": not shape.untie_embeddings_and_output_weights,

@@ -17,10 +17,12 @@ import torch
 
 from megatron_chatflow.checkpoint.files import CARRIED, read_state
 from megatron_chatflow.checkpoint.recorded_config import read_run_config
+from megatron_chatflow.config.huggingface import architecture_of_config
 from megatron_chatflow.convert.shape import (
     TORCH_NAMES,
     LlamaShape,
     huggingface_config,
+    shape_of_config,
     shape_of_huggingface,
 )
 from megatron_chatflow.data.sidecar import read_sidecar
@@ -185,13 +187,14 @@ def _model_config(
         return json_bytes(huggingface_config(shape, dtype, special))
     base: dict[str, Any] = json.loads(files[MODEL_CONFIG])
     special = {name: base[name] for name in SPECIAL_IDS if name in base}
+    path = folder / MODEL_CONFIG
     try:
-        before = shape_of_huggingface(folder)
+        before, architecture = shape_of_huggingface(folder), architecture_of_config(path, base)
     except UserError:
-        before = None
-    if before is None or base.get("model_type") != "llama":  # a Mistral becomes a LLaMA
         return json_bytes(huggingface_config(shape, dtype, special))
-    old, new = (huggingface_config(of, dtype, {}) for of in (before, shape))
+    if not architecture.fits(shape):  # the run has other layers than its base model
+        return json_bytes(huggingface_config(shape, dtype, special))
+    old, new = (huggingface_config(of, dtype, {}, architecture) for of in (before, shape))
     changes = {name: value for name, value in new.items() if value != old[name]}
     if {"rope_theta", "rope_scaling"} & changes.keys():
         base.pop("rope_parameters", None)  # transformers 5 holds both there
@@ -199,4 +202,14 @@ def _model_config(
     key = "dtype" if "dtype" in base else "torch_dtype"
     if base.get(key, "float32") != TORCH_NAMES[dtype]:
         changes[key] = TORCH_NAMES[dtype]
-    return json_bytes({**base, **changes}) if changes else files[MODEL_CONFIG]
+    if not changes:
+        return files[MODEL_CONFIG]
+    changed = {**base, **changes}
+    try:
+        is_same = shape_of_config(path, changed) == shape
+    except UserError:
+        is_same = False
+    # A longer context, for example, may need another statement of the window.
+    return json_bytes(
+        changed if is_same else huggingface_config(shape, dtype, special, architecture)
+    )

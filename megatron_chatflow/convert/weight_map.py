@@ -1,4 +1,4 @@
-"""The correspondence between megatron-core's and Hugging Face's LLaMA tensors, for both directions.
+"""The correspondence between megatron-core's and Hugging Face's tensors, for both directions.
 
 Every value is moved and none is computed, so that a round trip is exact.
 """
@@ -24,7 +24,7 @@ class Join(Enum):
 
 @dataclass(frozen=True)
 class HuggingFaceTensor:
-    """A tensor of `LlamaForCausalLM`."""
+    """A tensor of a model of transformers."""
 
     name: str  # the name, with ``{layer}`` if there is one for each layer
     axes: tuple[str, ...]  # names of the axes, see `axis_size`
@@ -42,6 +42,7 @@ class WeightRule:
     # the Hugging Face tensors in the order in which they are joined
     parts: tuple[HuggingFaceTensor, ...]
     join: Join = Join.SAME  # how they are joined
+    needs: str | None = None  # the field of `LlamaShape` that a model with the tensor has set
 
     @property
     def is_per_layer(self) -> bool:
@@ -59,11 +60,11 @@ class WeightRule:
         return (rows, *self.parts[0].shape(model)[1:])
 
 
-def _layer(name: str, *axes: str) -> HuggingFaceTensor:
-    return HuggingFaceTensor(f"model.layers.{{layer}}.{name}.weight", axes)
+def _layer(name: str, *axes: str, kind: str = "weight") -> HuggingFaceTensor:
+    return HuggingFaceTensor(f"model.layers.{{layer}}.{name}.{kind}", axes)
 
 
-LLAMA_RULES: tuple[WeightRule, ...] = (
+RULES: tuple[WeightRule, ...] = (
     WeightRule(
         "embedding.word_embeddings.weight",
         (HuggingFaceTensor("model.embed_tokens.weight", ("vocabulary", "hidden")),),
@@ -80,6 +81,26 @@ LLAMA_RULES: tuple[WeightRule, ...] = (
             _layer("self_attn.v_proj", "keys", "hidden"),
         ),
         Join.QUERY_GROUPS,
+    ),
+    WeightRule(
+        "decoder.layers.{layer}.self_attention.linear_qkv.bias",
+        (
+            _layer("self_attn.q_proj", "queries", kind="bias"),
+            _layer("self_attn.k_proj", "keys", kind="bias"),
+            _layer("self_attn.v_proj", "keys", kind="bias"),
+        ),
+        Join.QUERY_GROUPS,
+        needs="add_qkv_bias",
+    ),
+    WeightRule(
+        "decoder.layers.{layer}.self_attention.q_layernorm.weight",
+        (_layer("self_attn.q_norm", "head"),),
+        needs="qk_layernorm",
+    ),
+    WeightRule(
+        "decoder.layers.{layer}.self_attention.k_layernorm.weight",
+        (_layer("self_attn.k_norm", "head"),),
+        needs="qk_layernorm",
     ),
     WeightRule(
         "decoder.layers.{layer}.self_attention.linear_proj.weight",
@@ -101,7 +122,9 @@ LLAMA_RULES: tuple[WeightRule, ...] = (
         "decoder.final_layernorm.weight", (HuggingFaceTensor("model.norm.weight", ("hidden",)),)
     ),
     WeightRule(
-        "output_layer.weight", (HuggingFaceTensor("lm_head.weight", ("vocabulary", "hidden")),)
+        "output_layer.weight",
+        (HuggingFaceTensor("lm_head.weight", ("vocabulary", "hidden")),),
+        needs="untie_embeddings_and_output_weights",
     ),
 )
 
@@ -111,6 +134,7 @@ def axis_size(axis: str, model: LlamaShape) -> int:
     sizes = {
         "vocabulary": model.vocab_size,
         "hidden": model.hidden_size,
+        "head": model.head_dim,
         "ffn": model.ffn_hidden_size,
         "queries": model.num_attention_heads * model.head_dim,
         "keys": model.num_query_groups * model.head_dim,
@@ -120,9 +144,7 @@ def axis_size(axis: str, model: LlamaShape) -> int:
 
 def rules_of(model: LlamaShape) -> tuple[WeightRule, ...]:
     """Returns the rules of a model; with tied embeddings there is no output layer."""
-    if model.untie_embeddings_and_output_weights:
-        return LLAMA_RULES
-    return tuple(rule for rule in LLAMA_RULES if rule.megatron != "output_layer.weight")
+    return tuple(rule for rule in RULES if rule.needs is None or getattr(model, rule.needs))
 
 
 def placements(model: LlamaShape) -> list[tuple[WeightRule, int | None]]:
@@ -152,8 +174,8 @@ def join(rule: WeightRule, model: LlamaShape, parts: Sequence[torch.Tensor]) -> 
     if rule.join is Join.ROWS:
         return torch.cat(list(parts))
     groups = model.num_query_groups
-    cut = [part.reshape(groups, -1, part.shape[-1]) for part in parts]
-    return torch.cat(cut, dim=1).reshape(-1, parts[0].shape[-1])
+    cut = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(cut, dim=1).flatten(0, 1)
 
 
 def segments(rule: WeightRule, model: LlamaShape) -> list[tuple[int, int, int]]:
@@ -179,9 +201,9 @@ def split(rule: WeightRule, model: LlamaShape, whole: torch.Tensor) -> list[torc
     if rule.join is not Join.QUERY_GROUPS:
         return [part.contiguous() for part in torch.split(whole, rows)]
     groups = model.num_query_groups
-    by_group = whole.reshape(groups, -1, whole.shape[-1])
+    by_group = whole.reshape(groups, -1, *whole.shape[1:])
     cut = torch.split(by_group, [count // groups for count in rows], dim=1)
-    return [part.reshape(-1, whole.shape[-1]) for part in cut]
+    return [part.flatten(0, 1).contiguous() for part in cut]
 
 
 # Buffers that older versions of transformers stored and that follow from the configuration.
@@ -211,7 +233,7 @@ def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
         if name == _TIED and _is_embedding(weights, name):
             continue  # tied, but stored nevertheless
         raise UserError(
-            f"{weights.files[name]}: {name} is not a tensor of the LLaMA that config.json describes"
+            f"{weights.files[name]}: {name} is not a tensor of the model that config.json describes"
         )
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_chatflow.config.huggingface import ARCHITECTURES, read_huggingface_config
+from megatron_chatflow.config.architectures import ARCHITECTURES
+from megatron_chatflow.config.huggingface import read_huggingface_config
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import TORCH_NAMES, shape_of_huggingface
 from megatron_chatflow.convert.weight_map import check_weights

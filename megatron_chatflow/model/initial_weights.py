@@ -35,7 +35,7 @@ def draw_weights(
     tensor_parallel_size: int,
     unpadded_sizes: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Initializes every matrix of a `GPTModel`; weights of norms stay 1.
+    """Initializes every matrix of a `GPTModel`; weights of norms stay 1, and biases 0.
 
     Args:
         chunk: The model, or one pipeline chunk of it.

@@ -356,14 +356,14 @@ def block_spec(
         vp_stage: The chunk's number if this process holds several.
     """
     if chosen.are_transformer_engine:
-        layer, norm = _of_transformer_engine()
+        layer, norm = _of_transformer_engine(config)
     else:
-        layer, norm = _local(chosen.backend), RMSNorm
+        layer, norm = _local(chosen.backend, config), RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def _of_transformer_engine() -> tuple[ModuleSpec, Any]:
+def _of_transformer_engine(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
@@ -371,12 +371,13 @@ def _of_transformer_engine() -> tuple[ModuleSpec, Any]:
 
     from megatron_chatflow.model.te_attention import PackedTEAttention
 
-    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer.submodules.self_attention.submodules.core_attention = PackedTEAttention
     return layer, TENorm
 
 
-def _local(backend: str) -> ModuleSpec:
+def _local(backend: str, config: TransformerConfig) -> ModuleSpec:
+    norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -384,6 +385,7 @@ def _local(backend: str) -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=ModuleSpec(module=PackedCausalAttention, params={"backend": backend}),
             linear_proj=RowParallelLinear,
+            **norms,
         ),
     )
     return ModuleSpec(

@@ -1,7 +1,9 @@
-"""LLaMA as a megatron-core `GPTModel`: configuration and construction.
+"""The model as a megatron-core `GPTModel`: configuration and construction.
 
 Touvron et al., "Llama 2", 2023: RMSNorm before each block, SwiGLU, rotary positions, grouped-query
-attention, untied embeddings, no biases.
+attention. Other architectures add a bias to queries, keys and values (Yang et al., "Qwen2", 2024),
+or an RMSNorm to the queries and the keys of each head (Yang et al., "Qwen3", 2025), see
+`config.architectures`.
 """
 
 from collections.abc import Mapping
@@ -71,6 +73,8 @@ def transformer_config(
         kv_channels=counts.head_dim,
         softmax_scale=Rotary.of(model).softmax_scale,
         window_size=model.window_size,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_method_std,

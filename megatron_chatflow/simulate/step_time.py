@@ -161,6 +161,7 @@ class TransformerShape:
         is_gated: Whether the MLP is gated, as SwiGLU is.
         is_tied: Whether the embedding and the output layer share their weights.
         window: Number of tokens of the sliding window of attention; None for none.
+        has_qk_norm: Whether the queries and the keys of each head are normalized.
     """
 
     num_layers: int
@@ -173,6 +174,7 @@ class TransformerShape:
     is_gated: bool = True
     is_tied: bool = False
     window: int | None = None
+    has_qk_norm: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, vocab_size: int) -> "TransformerShape":
@@ -193,6 +195,7 @@ class TransformerShape:
             vocab_size=padded_vocab_size(model, config.parallel, vocab_size),
             is_tied=not model.untie_embeddings_and_output_weights,
             window=model.window,
+            has_qk_norm=model.qk_layernorm,
         )
 
     @property
@@ -722,6 +725,11 @@ def _elementwise_times(
     # tensor parallelism.
     divided_forward: float = rotated + (6 if shape.is_gated else 4) * ffn
     divided_backward: float = rotated + (10 if shape.is_gated else 6) * ffn
+    if shape.has_qk_norm:  # reads and writes; the backward pass also reads the inputs again
+        divided_forward, divided_backward = (
+            divided_forward + rotated,
+            divided_backward + 1.5 * rotated,
+        )
     if layout.stack.precision != "bf16":  # casts and their transposes
         divided_forward += 4 * (hidden + shape.query_size + ffn)
         divided_backward += 4 * (hidden + shape.query_size + shape.fc1_size + shape.key_value_size)

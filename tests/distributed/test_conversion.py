@@ -17,7 +17,7 @@ from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.vocabulary import Resize
-from megatron_chatflow.convert.weight_map import LLAMA_RULES
+from megatron_chatflow.convert.weight_map import RULES
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
@@ -272,7 +272,7 @@ def test_sharded_folders_and_pickled_weights_are_read(huggingface: Path, tmp_pat
 def test_padding_rows_are_zero_and_never_exported(huggingface: Path, tmp_path: Path) -> None:
     import_huggingface(huggingface, tmp_path / "checkpoint", dtype="bf16")
     reader = DistributedReader(tmp_path / "checkpoint" / "iter_0000000")
-    for rule in (LLAMA_RULES[0], LLAMA_RULES[-1]):
+    for rule in (RULES[0], RULES[-1]):
         rows = reader.read(rule, None)
         assert rows.shape == (384, 48) and rows.dtype == torch.bfloat16
         assert not rows[301:].any() and rows[:301].any(dim=1).all()

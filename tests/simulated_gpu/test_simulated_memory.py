@@ -75,6 +75,20 @@ def test_the_estimate_is_near_the_peak_of_few_layers(simulator: Simulator, layou
     compare(simulator, layout, *layout.small.split())
 
 
+OTHER_LAYERS = {
+    "biases": "--add-qkv-bias",
+    "norms": "--qk-layernorm --kv-channels 256",
+    "norms of groups": "--qk-layernorm --num-query-groups 8",
+    "norms recomputed": "--qk-layernorm --num-query-groups 8 --recompute-granularity selective",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+def test_the_estimate_knows_what_other_architectures_store(simulator: Simulator, name: str) -> None:
+    flags = f"--num-layers 8 --micro-batch-size 4 {OTHER_LAYERS[name]}"
+    compare(simulator, Layout("13b.yaml", 64), *flags.split())
+
+
 RECOMPUTATION = {
     "selective": "--recompute-granularity selective",
     "uniform": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",

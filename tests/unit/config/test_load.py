@@ -176,11 +176,11 @@ def test_removed_settings_are_reported_and_have_no_effect(path, tmp_path, flags)
 
 # Scripts rely on these flags: a change here is a change of the interface.
 FROZEN_FLAGS = """
---adam-beta1 --adam-beta2 --adam-eps --async-save --attention-backend --bf16 --choice-interval
---choice-language --choice-num-fewshot --choice-questions --choice-scoring --ckpt-verify --clip-grad
---config --context-parallel-size --cuda-graph-impl --cuda-graph-scope --cuda-graph-warmup-steps
---data-retry-seconds --data-verify --ddp-pad-buckets-for-high-nccl-busbw --decoupled-lr
---decoupled-min-lr --deterministic-mode --disable-symmetric-registration
+--adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --async-save --attention-backend --bf16
+--choice-interval --choice-language --choice-num-fewshot --choice-questions --choice-scoring
+--ckpt-verify --clip-grad --config --context-parallel-size --cuda-graph-impl --cuda-graph-scope
+--cuda-graph-warmup-steps --data-retry-seconds --data-verify --ddp-pad-buckets-for-high-nccl-busbw
+--decoupled-lr --decoupled-min-lr --deterministic-mode --disable-symmetric-registration
 --distributed-timeout-minutes --dry-run --ema-decay --embedding-init --end-weight-decay
 --eval-interval --eval-iters --exit-duration-in-mins --exit-interval --exp-avg-dtype
 --exp-avg-sq-dtype --ffn-hidden-size --fine-grained-activation-offloading --finetune
@@ -193,34 +193,33 @@ FROZEN_FLAGS = """
 --lr-decay-samples --lr-decay-style --lr-warmup-init --lr-warmup-iters --lr-warmup-samples
 --lr-wsd-decay-iters --lr-wsd-decay-samples --lr-wsd-decay-style --main-grads-dtype
 --main-params-dtype --make-vocab-size-divisible-by --manual-gc-interval --max-bad-steps
---max-position-embeddings --metrics-every-iteration --micro-batch-size --min-lr
---mscale --mscale-all-dim --new-data-seed
---no-async-save --no-bf16 --no-ckpt-verify --no-data-verify --no-ddp-pad-buckets-for-high-nccl-busbw
---no-deterministic-mode --no-disable-symmetric-registration --no-fine-grained-activation-offloading
---no-finetune --no-first-last-layers-bf16 --no-fp8-param-gather --no-from-scratch
---no-grad-reduce-in-bf16 --no-gradient-accumulation-fusion --no-load-optim --no-log-layer-norms
---no-log-params-norm --no-log-straggler --no-metrics-every-iteration --no-new-data-seed
---no-optimizer-cpu-offload --no-overlap-cpu-optimizer-d2h-h2d --no-overlap-grad-reduce
---no-overlap-param-gather --no-pad-attention-heads --no-profile
---no-reuse-grad-buf-for-mxfp8-param-ag --no-sequence-parallel --no-shared-memory-collectives
---no-tensorboard --no-tp-comm-overlap --no-untie-embeddings-and-output-weights
---no-use-distributed-optimizer --no-use-nccl-ub --no-use-precision-aware-optimizer
---no-use-pytorch-profiler --no-weight-decay
+--max-position-embeddings --metrics-every-iteration --micro-batch-size --min-lr --mscale
+--mscale-all-dim --new-data-seed --no-add-qkv-bias --no-async-save --no-bf16 --no-ckpt-verify
+--no-data-verify --no-ddp-pad-buckets-for-high-nccl-busbw --no-deterministic-mode
+--no-disable-symmetric-registration --no-fine-grained-activation-offloading --no-finetune
+--no-first-last-layers-bf16 --no-fp8-param-gather --no-from-scratch --no-grad-reduce-in-bf16
+--no-gradient-accumulation-fusion --no-load-optim --no-log-layer-norms --no-log-params-norm
+--no-log-straggler --no-metrics-every-iteration --no-new-data-seed --no-optimizer-cpu-offload
+--no-overlap-cpu-optimizer-d2h-h2d --no-overlap-grad-reduce --no-overlap-param-gather
+--no-pad-attention-heads --no-profile --no-qk-layernorm --no-reuse-grad-buf-for-mxfp8-param-ag
+--no-sequence-parallel --no-shared-memory-collectives --no-tensorboard --no-tp-comm-overlap
+--no-untie-embeddings-and-output-weights --no-use-distributed-optimizer --no-use-nccl-ub
+--no-use-precision-aware-optimizer --no-use-pytorch-profiler --no-weight-decay
 --no-yarn-correction-range-round-to-int --norm-epsilon --num-attention-heads --num-layers
 --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage
 --num-prefetch --num-query-groups --num-virtual-stages-per-pipeline-rank --offload-modules
 --old-tokenizer-model --on-nan --optimizer-cpu-offload --optimizer-offload-fraction --output
 --overlap-cpu-optimizer-d2h-h2d --overlap-grad-reduce --overlap-param-gather --pad-attention-heads
 --pipeline-model-parallel-size --preset --pretrained-checkpoint --profile --profile-ranks
---profile-step-end --profile-step-start --rampup-batch-size --rank --recompute-granularity
---recompute-method --recompute-modules --recompute-num-layers --reuse-grad-buf-for-mxfp8-param-ag
---rope-high-freq-factor --rope-low-freq-factor --rope-original-max-position-embeddings
---rope-scaling-factor --rope-scaling-type --rotary-base --save --save-interval --save-keep-every
---save-remote --save-retain --seed --seq-length --sequence-parallel --shared-memory-collectives
---simulate --split
---start-weight-decay --straggler-minmax-count --tensor-model-parallel-size --tensorboard
---tokenizer-model --tokenizer-type --tp-comm-overlap --train-iters --train-samples
---transformer-impl --untie-embeddings-and-output-weights --use-distributed-optimizer --use-nccl-ub
+--profile-step-end --profile-step-start --qk-layernorm --rampup-batch-size --rank
+--recompute-granularity --recompute-method --recompute-modules --recompute-num-layers
+--reuse-grad-buf-for-mxfp8-param-ag --rope-high-freq-factor --rope-low-freq-factor
+--rope-original-max-position-embeddings --rope-scaling-factor --rope-scaling-type --rotary-base
+--save --save-interval --save-keep-every --save-remote --save-retain --seed --seq-length
+--sequence-parallel --shared-memory-collectives --simulate --split --start-weight-decay
+--straggler-minmax-count --tensor-model-parallel-size --tensorboard --tokenizer-model
+--tokenizer-type --tp-comm-overlap --train-iters --train-samples --transformer-impl
+--untie-embeddings-and-output-weights --use-distributed-optimizer --use-nccl-ub
 --use-precision-aware-optimizer --use-pytorch-profiler --verbose --vocab-size --wandb-entity
 --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style
 --window-size --world-size --yarn-attention-factor --yarn-beta-fast --yarn-beta-slow

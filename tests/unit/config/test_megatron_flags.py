@@ -182,8 +182,10 @@ def test_everything_that_is_wrong_is_said_at_once(path) -> None:
         "--zzzzzz: unknown flag; ",
         "--swigul: unknown flag (did you mean --swiglu?); ",
         "--fp16: not supported (--bf16, or --no-bf16 for fp32); ",
-        "--normalization LayerNorm: not supported (only LLaMA models are supported); ",
-        "--moe-router-topk 2: not supported (only LLaMA models are supported); ",
+        "--normalization LayerNorm: not supported (the model is a dense decoder like LLaMA, see "
+        "docs/architectures.md); ",
+        "--moe-router-topk 2: not supported (the model is a dense decoder like LLaMA, see "
+        "docs/architectures.md); ",
         "--merge-file merges.txt: not supported (--tokenizer-model with the folder",
     ):
         assert part in text
@@ -194,7 +196,7 @@ def test_everything_that_is_wrong_is_said_at_once(path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--hidden-dropout", "0.1"], "--hidden-dropout 0.1: not supported (only LLaMA"),
+        (["--hidden-dropout", "0.1"], "--hidden-dropout 0.1: not supported (the model is"),
         (["--ckpt-format", "torch"], "--ckpt-format torch: not supported (tools/convert_"),
         (["--expert-model-parallel-size", "2"], "--expert-model-parallel-size 2: not supported"),
         (["--lr-warmup-fraction", "2"], "--lr-warmup-fraction: must be one number from 0 to 1"),

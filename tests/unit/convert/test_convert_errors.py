@@ -90,7 +90,7 @@ def refused(source: Path, tmp_path: Path, message: str) -> None:
             r"embed_tokens.weight has shape \[9, 16\], but \[10, 16\] according to config.json",
         ),
         ({"num_hidden_layers": 3}, "9 tensors are missing, the first is model.layers.2"),
-        ({"num_hidden_layers": 1}, "model.layers.1.* is not a tensor of the LLaMA"),
+        ({"num_hidden_layers": 1}, "model.layers.1.* is not a tensor of the model"),
     ],
 )
 def test_configs_of_other_models(
@@ -102,7 +102,7 @@ def test_configs_of_other_models(
 
 def test_tensors_that_do_not_fit(source: Path, tmp_path: Path) -> None:
     change_tensors(source, **{"model.extra.weight": torch.ones(1)})
-    refused(source, tmp_path, "model.extra.weight is not a tensor of the LLaMA")
+    refused(source, tmp_path, "model.extra.weight is not a tensor of the model")
     change_tensors(source, drop="model.extra.weight", **{"model.norm.weight": torch.ones(7)})
     refused(source, tmp_path, r"model.norm.weight has shape \[7\]")
     change_tensors(source, **{"model.norm.weight": torch.ones(16, dtype=torch.int8)})

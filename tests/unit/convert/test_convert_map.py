@@ -10,7 +10,7 @@ import torch
 from megatron_chatflow.convert.distributed import ChunkToWrite, DistributedReader, write_distributed
 from megatron_chatflow.convert.safetensors import SafetensorsFile, plan_shards, write_shards
 from megatron_chatflow.convert.weight_map import (
-    LLAMA_RULES,
+    RULES,
     Join,
     huggingface_shapes,
     join,
@@ -28,7 +28,7 @@ SHAPE = replace(
     num_attention_heads=6,
     vocab_size=11,
 )
-RULES = {rule.megatron.split(".")[-2]: rule for rule in LLAMA_RULES}
+MATRICES = {rule.megatron.split(".")[-2]: rule for rule in RULES if rule.parts[0].axes[1:]}
 
 
 def rows(count: int, first: int) -> torch.Tensor:
@@ -39,18 +39,18 @@ def rows(count: int, first: int) -> torch.Tensor:
 def test_query_groups_hold_their_queries_then_key_then_value() -> None:
     # 6 query heads of 4 rows in 2 groups: heads 0-2 use key head 0, heads 3-5 key head 1.
     parts = [rows(24, 0), rows(8, 100), rows(8, 200)]
-    whole = join(RULES["linear_qkv"], SHAPE, parts)[:, 0].int().tolist()
+    whole = join(MATRICES["linear_qkv"], SHAPE, parts)[:, 0].int().tolist()
     first = [*range(12), *range(100, 104), *range(200, 204)]
     second = [*range(12, 24), *range(104, 108), *range(204, 208)]
     assert whole == first + second
 
 
 def test_gate_comes_before_up() -> None:
-    whole = join(RULES["linear_fc1"], SHAPE, [rows(40, 0), rows(40, 100)])
+    whole = join(MATRICES["linear_fc1"], SHAPE, [rows(40, 0), rows(40, 100)])
     assert whole[:, 0].int().tolist() == [*range(40), *range(100, 140)]
 
 
-@pytest.mark.parametrize("rule", LLAMA_RULES, ids=lambda rule: rule.megatron)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.megatron)
 def test_split_undoes_join(rule) -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [torch.rand(part.shape(SHAPE), generator=generator) for part in rule.parts]
@@ -63,7 +63,7 @@ def test_split_undoes_join(rule) -> None:
     assert (len(parts) == 1) == (rule.join is Join.SAME)
 
 
-@pytest.mark.parametrize("rule", LLAMA_RULES, ids=lambda rule: rule.megatron)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.megatron)
 def test_segments_are_the_rows_of_join(rule) -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [torch.rand(part.shape(SHAPE), generator=generator) for part in rule.parts]
@@ -89,7 +89,7 @@ def test_every_tensor_has_one_place() -> None:
     assert len(placements(SHAPE)) == 3 + 6 * SHAPE.num_layers
     assert shapes["model.layers.2.self_attn.k_proj.weight"] == (8, 24)
     assert shapes["lm_head.weight"] == (11, 24)
-    names = [part.name for rule in LLAMA_RULES for part in rule.parts]
+    names = [part.name for rule in RULES for part in rule.parts]
     assert len(set(names)) == len(names)
 
 
@@ -112,8 +112,17 @@ def test_names_are_transformers_own() -> None:
 
 def test_tied_models_have_no_output_layer() -> None:
     tied = replace(SHAPE, untie_embeddings_and_output_weights=False)
-    assert [rule for rule in LLAMA_RULES if rule not in rules_of(tied)] == [LLAMA_RULES[-1]]
+    assert [rule for rule in rules_of(SHAPE) if rule not in rules_of(tied)] == [RULES[-1]]
     assert "lm_head.weight" not in huggingface_shapes(tied)
+
+
+def test_biases_and_norms_of_heads_are_those_of_the_architecture() -> None:
+    def added(**switches: bool) -> set[str]:
+        names = huggingface_shapes(replace(SHAPE, **switches)).keys()
+        return {name.split("self_attn.")[1] for name in names - huggingface_shapes(SHAPE).keys()}
+
+    assert added(add_qkv_bias=True) == {"q_proj.bias", "k_proj.bias", "v_proj.bias"}
+    assert added(qk_layernorm=True) == {"q_norm.weight", "k_norm.weight"}
 
 
 @pytest.mark.parametrize(
@@ -127,8 +136,8 @@ def test_tied_models_have_no_output_layer() -> None:
 def test_single_layers_norms_of_either_name_and_any_cut_are_read(
     tmp_path: Path, stored: str, name: str
 ) -> None:
-    norm = next(rule for rule in LLAMA_RULES if rule.megatron.endswith(name))
-    proj = RULES["linear_proj"]
+    norm = next(rule for rule in RULES if rule.megatron.endswith(name))
+    proj = MATRICES["linear_proj"]
     weight = torch.rand(24, 24)
     chunks = [
         ChunkToWrite(

@@ -194,7 +194,7 @@ def test_shards_hold_every_tensor_once(folder: Path, suffix: str) -> None:
     index.write_text(json.dumps({"weight_map": weight_map}))
     check_weights(HuggingFaceWeights(folder), shape_of_huggingface(folder))
     save_shard({**contents[0], "extra": torch.ones(2)}, shards[0])
-    refused(folder, "extra is not a tensor of the LLaMA")
+    refused(folder, "extra is not a tensor of the model")
     save_shard(contents[0], shards[0])
     # The index has two entries for its weight map.
     text = index.read_text()

@@ -257,7 +257,7 @@ def test_folders_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
     save_file(lost, path, metadata={"format": "pt"})
     refused("1 tensors are missing, the first is model.norm.weight")
     save_file({**tensors, "model.extra": torch.ones(2)}, path, metadata={"format": "pt"})
-    refused("model.extra is not a tensor of the LLaMA")
+    refused("model.extra is not a tensor of the model")
     short = {**tensors, "model.norm.weight": torch.ones(7)}
     save_file(short, path, metadata={"format": "pt"})
     refused(r"model.norm.weight has shape \[7\], but \[32\] according to config.json")

@@ -180,8 +180,7 @@ class Linear(TransformerEngineBaseModule):
         name=None,
     ):
         super().__init__()
-        assert not bias, "the stand-in has no biases"
-        self.use_bias = False
+        self.use_bias = bias
         self.tp_group, self.tp_size = tp_group, tp_size
         self.is_column, is_row = parallel_mode == "column", parallel_mode == "row"
         self.in_features = in_features // (tp_size if is_row else 1)
@@ -206,15 +205,21 @@ class Linear(TransformerEngineBaseModule):
         self.weight.tensor_model_parallel, self.weight.partition_stride = True, 1
         self.weight.partition_dim = 1 if is_row else 0
         init_method(self.weight)
+        if bias:
+            self.bias = torch.nn.Parameter(weight.new_zeros(self.out_features))
+            self.bias.tensor_model_parallel, self.bias.partition_stride = self.is_column, 1
+            self.bias.partition_dim = 0
 
     def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
         return self._multiply(inp, is_first_microbatch)
 
     def _multiply(self, x, is_first_microbatch):
         if FP8GlobalStateManager.recipe is None:
-            return _Product.apply(x, self.weight, self)
-        quantized_weight = self._quantized_weight(is_first_microbatch)
-        return _QuantizedProduct.apply(x, self.weight, self, quantized_weight)
+            y = _Product.apply(x, self.weight, self)
+        else:
+            quantized_weight = self._quantized_weight(is_first_microbatch)
+            y = _QuantizedProduct.apply(x, self.weight, self, quantized_weight)
+        return y + self.bias if self.use_bias else y
 
     @torch.no_grad()
     def _quantized_weight(self, is_first_microbatch):
