@@ -526,6 +526,10 @@ class StagedOptimizer:
             # Alike on every rank, although a rank may hold frozen rows only: the layers' messages
             # depend on it.
             is_trained = any(segment.is_trainable for segment in segments)
+            # megatron-core's linear layers compute no gradient of a bias beside a frozen weight.
+            bias = f"{tensor.removesuffix('.weight')}.bias"
+            if bias in self._plan.shapes:
+                is_trained |= bool(self._plan.trained_rows(self._started[-1][0], bias))
             parameter.requires_grad_(is_trained or not self._skips)
             if parameter.requires_grad:
                 self._frozen += [
@@ -666,7 +670,7 @@ def _require_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
 
 
 def _tensor_name(part: ParameterShard) -> str:
-    """Returns a tensor's name with the number of its layer, as in `LLAMA_RULES`."""
+    """Returns a tensor's name with the number of its layer, as in `RULES`."""
     offsets = _offsets(part)
     if len(offsets) == len(part.shape):
         return part.name
