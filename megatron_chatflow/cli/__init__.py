@@ -37,7 +37,7 @@ COMMANDS = {
 
 _HELP = """usage: chatflow COMMAND [arguments]
 
-Adapt a LLaMA model to a new language: continued training on a blend that follows a schedule.
+Adapt a language model to a new language: continued training on a blend that follows a schedule.
 
 commands:
 {commands}

@@ -32,6 +32,7 @@ PRINTED_BY = {
     "config.validation": {PRETRAIN, "tools.plan_blend"},
     "convert.distill": {"tools.convert_checkpoint"},
     "convert.template": {"tools.convert_checkpoint", "tools.generate", "tools.chat"},
+    "convert.verify": {"tools.convert_checkpoint"},
     "examples.corpus.pins": {"tools.fetch_demo_corpus"},
     "files": {"tools.convert_checkpoint", "tools.extend_vocab"},
     "generation.generate": {"tools.generate", "tools.chat"},
