@@ -58,6 +58,10 @@ def _model(
     }
 
 
+# Qwen2.5's YaRN of 4 times 32768 tokens, and a window in every layer.
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 32}
+_WINDOW = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0}
 _QWEN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 # Small models by the published one whose proportions they have.
 MODELS: dict[str, dict[str, Any]] = {
@@ -65,9 +69,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "LLaMA 3.2 1B": _model(
         "llama", 64, 256, (8, 2), tie_word_embeddings=True, rope_parameters=LLAMA3
     ),
+    "Mistral 7B v0.1": _model("mistral", 64, 224, (8, 2), sliding_window=9),
     "Mistral NeMo": _model("mistral", 40, 112, (4, 2), head_dim=8, sliding_window=None),
     "Qwen2.5 0.5B": _model("qwen2", 56, 304, (14, 2), tie_word_embeddings=True, **_QWEN_ROPE),
     "Qwen2.5 7B": _model("qwen2", 112, 592, (28, 4), **_QWEN_ROPE),
+    "Qwen2.5 7B, YaRN": _model("qwen2", 64, 304, (8, 2), rope_parameters=YARN, **_WINDOW),
     "Qwen3 0.6B": _model(
         "qwen3", 32, 96, (4, 2), head_dim=16, tie_word_embeddings=True, **_QWEN_ROPE
     ),
@@ -190,7 +196,12 @@ def logits_of(folder: Path, layout: dict[str, Any]) -> torch.Tensor | None:
     )
     cu_seqlens = torch.tensor([0, LENGTHS[0], sum(LENGTHS)], dtype=torch.int32)
     packed = pack_tokens(
-        cu_seqlens, shard, rotary=llama.rotary, dtype=llama.dtype, device=ranks.device
+        cu_seqlens,
+        shard,
+        rotary=llama.rotary,
+        dtype=llama.dtype,
+        device=ranks.device,
+        window=llama.window,
     )
 
     def collect(hidden: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:

@@ -6,6 +6,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_chatflow.config.architectures import (
@@ -14,6 +15,7 @@ from megatron_chatflow.config.architectures import (
     DEFAULTS,
     Architecture,
     is_positive_number,
+    longest_text,
     rope_of_huggingface,
     supported_classes,
 )
@@ -86,12 +88,6 @@ def model_of_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_variants(path, config, architecture)
     rope = rope_of_huggingface(path, config)
     window = _window(path, config, architecture, rope)
-    if window is not None:
-        raise UserError(
-            f"{path}: sliding_window is {window}, which is not supported; use a model whose "
-            "sliding_window is null, or lower max_position_embeddings in this file to the window, "
-            "up to which both models are equal"
-        )
     head_dim = config.get("head_dim")
     if head_dim is not None and head_dim * config["num_attention_heads"] != config["hidden_size"]:
         rope["kv_channels"] = head_dim
@@ -103,6 +99,7 @@ def model_of_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "add_qkv_bias": architecture.add_qkv_bias,
         "qk_layernorm": architecture.qk_layernorm,
+        "window_size": None if window is None else (window - 1, 0),
     }
 
 
@@ -168,8 +165,8 @@ def _window(
     if count == 0:
         return None
     window, longest = config["sliding_window"], config["max_position_embeddings"]
-    if rope.get("rope_scaling_type") == "dynamic":  # the stated length is that before scaling
-        longest *= rope["rope_scaling_factor"]
+    scaling = {"rope_scaling_type": None, **rope}
+    longest = longest_text(SimpleNamespace(max_position_embeddings=longest, **scaling))
     if type(window) is not int or not 0 < window <= _LARGEST_SIZE:
         raise UserError(
             f"{path}: sliding_window is {shorten(window)}, not a number of tokens; correct it"

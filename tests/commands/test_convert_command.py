@@ -52,8 +52,8 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "changes",
     # The last has Mistral NeMo's property: head_dim is not 48 / 6.
-    [{}, {"sliding_window": 64}, {"head_dim": 12}],
-    ids=["plain", "window of the length", "wide heads"],
+    [{}, {"sliding_window": 64}, {"sliding_window": 11}, {"head_dim": 12}],
+    ids=["plain", "window of the length", "window", "wide heads"],
 )
 def test_the_same_logits_there_and_back(tmp_path: Path, changes: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, MistralForCausalLM
@@ -79,7 +79,7 @@ def test_the_same_logits_there_and_back(tmp_path: Path, changes: dict[str, Any])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sliding_window": 63}, "sliding_window is 63, which is not supported"),
+        ({"sliding_window": 0}, "sliding_window is 0, not a number of tokens"),
         ({"sliding_window": "64"}, "sliding_window is '64'"),
         ({"architectures": ["LlamaForCausalLM"]}, "architecture LlamaForCausalLM is not supported"),
         ({"model_type": "llama"}, "architecture MistralForCausalLM is not supported"),
@@ -102,16 +102,14 @@ def test_its_own_defaults_hold(tmp_path: Path) -> None:
     del config["sliding_window"]  # transformers then assumes 4096
     config["max_position_embeddings"] = 4097
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="sliding_window is 4096"):
-        shape_of_huggingface(tmp_path / "hf")
+    assert shape_of_huggingface(tmp_path / "hf").window_size == (4095, 0)
     path.write_text(json.dumps({**config, "max_position_embeddings": 4096}))
-    assert shape_of_huggingface(tmp_path / "hf").max_position_embeddings == 4096
+    assert shape_of_huggingface(tmp_path / "hf").window_size is None
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     path.write_text(
         json.dumps({**config, "max_position_embeddings": 4096, "rope_scaling": scaling})
     )
-    with pytest.raises(UserError, match="sliding_window is 4096"):
-        shape_of_huggingface(tmp_path / "hf")
+    assert shape_of_huggingface(tmp_path / "hf").window_size == (4095, 0)
 
 
 @pytest.mark.distributed

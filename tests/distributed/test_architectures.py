@@ -35,7 +35,14 @@ assert _spec is not None and _spec.loader is not None
 tool: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tool)
 
-NAMES = ("LLaMA 3.2 1B", "Mistral NeMo", "Qwen2.5 0.5B", "Qwen3 0.6B")
+NAMES = (
+    "LLaMA 3.2 1B",
+    "Mistral 7B v0.1",
+    "Mistral NeMo",
+    "Qwen2.5 7B, YaRN",
+    "Qwen2.5 0.5B",
+    "Qwen3 0.6B",
+)
 LENGTH, LR, DECAY, EPSILON = 32, 0.05, 0.5, 0.01
 SMALL: dict[str, dict[str, Any]] = {
     "qwen2": tool._model("qwen2", 48, 80, (6, 3), tie_word_embeddings=True),

@@ -50,7 +50,7 @@ def skip_without(backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_groups", [8, 2])
 @pytest.mark.parametrize("boundaries", [[0, 1024], [0, 1, 300, 301, 812, 1024]])
-@pytest.mark.parametrize("window", [None, 1, 100, 300])
+@pytest.mark.parametrize("window", [None, 300])
 def test_equals_fp32(
     device: torch.device,
     backend: str,

@@ -138,6 +138,18 @@ def test_a_flop_is_counted_once() -> None:
     assert (step.bubble, step.sends, step.model_parallel, step.launches) == (0, 0, 0, 0)
 
 
+def test_attention_is_as_long_as_its_window() -> None:
+    layout = StepLayout(8, global_batch_size=64)
+    whole = step_time.attention_seconds(LLAMA_7B, layout, H100)
+    for window in (4096, 5000):
+        assert step_time.attention_seconds(replace(LLAMA_7B, window=window), layout, H100) == whole
+    found = step_time.attention_seconds(replace(LLAMA_7B, window=1024), layout, H100)
+    # 1024 keys, fewer for the first 1024 of 4096 tokens, instead of 2048 on average.
+    work = (1024 - 1024 * 1024 / 8192) / 2048
+    speed = 1024 / (1024 + 512) / (4096 / (4096 + 512))
+    assert found == pytest.approx([seconds * work / speed for seconds in whole])
+
+
 def test_a_product_is_bound_by_compute_or_by_memory() -> None:
     constants = FittedConstants()
     compute = 2 * 8192**3 / (H100.bf16 * constants.hopper)
