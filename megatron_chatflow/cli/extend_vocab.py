@@ -30,6 +30,7 @@ from megatron_chatflow.tokenizer.extend import (
     extend_tokenizer,
     growth_lines,
     listed_pieces,
+    whole_pieces,
 )
 from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
 
@@ -75,6 +76,8 @@ def main() -> None:
         if every:
             kept = (t for k, t in enumerate(_texts(args, args.corpus)) if (k + 1) % every == 0)
             held_out["corpus, held out"] = list(islice(kept, 500))
+    if args.add_as == "merges" and tokenizer.tokenizer_type == "HuggingFaceTokenizer":
+        pieces = whole_pieces(tokenizer, pieces)
     with new_folder(
         args.output_dir, overwrite=args.overwrite, mark=MARK, num_bytes=10**8
     ) as folder:

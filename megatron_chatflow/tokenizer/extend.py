@@ -36,7 +36,7 @@ from megatron_chatflow.tokenizer.small_files import (
     write_small_files,
 )
 from megatron_chatflow.tokenizer.text_encoding import guess_encoding
-from megatron_chatflow.tokenizer.tokenizer_json import open_tokenizer_json
+from megatron_chatflow.tokenizer.tokenizer_json import open_tokenizer_json, parse_tokenizer_json
 
 logger = logging.getLogger(__name__)
 Script = Literal["han", "any"]
@@ -74,6 +74,10 @@ def with_merges(
             "merges can be added only to byte-level BPE models; use --add-as added-tokens"
         )
     vocabulary: dict[str, int] = dict(model["vocab"])
+    # The library numbers added tokens that the model lacks (as in LLaMA 3 and Qwen) behind the
+    # model's own tokens, whatever their ids in the file are, so more of those would move them.
+    for token in content.get("added_tokens") or []:
+        vocabulary.setdefault(token["content"], token["id"])
     are_lists = not model["merges"] or isinstance(model["merges"][0], list)
     merges = [tuple(m) if are_lists else tuple(m.split(" ")) for m in model["merges"]]
     ranks = {merge: rank for rank, merge in enumerate(merges)}
@@ -187,6 +191,40 @@ def listed_pieces(
     if not new:
         raise UserError("--list: contains no new piece for the tokenizer; write one piece per line")
     return new[:num_new]
+
+
+def whole_pieces(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[str]:
+    """Returns the pieces that merges can join, and logs which ones they cannot.
+
+    A `tokenizer.json` normalizes and splits text before merges are applied. Qwen's splits digits
+    from each other, for example, and both Qwen's and LLaMA 3's split before a vowel sign.
+
+    Raises:
+        UserError: If no piece is left.
+    """
+    opened = open_tokenizer_json(parse_tokenizer_json(tokenizer.model_path.read_bytes()))
+    normalizer, splitter = opened.normalizer, opened.pre_tokenizer
+
+    def is_whole(piece: str) -> bool:
+        normalized = piece if normalizer is None else normalizer.normalize_str(piece)
+        return normalized == piece and (
+            splitter is None or len(splitter.pre_tokenize_str(piece)) == 1
+        )
+
+    whole = [piece for piece in pieces if is_whole(piece)]
+    left_out = sorted(set(pieces) - set(whole))
+    if not whole:
+        raise UserError(
+            f"{tokenizer.model_path}: splits or normalizes every new piece, such as "
+            f"{left_out[0]!r}, so merges cannot join them; use --add-as added-tokens"
+        )
+    if left_out:
+        logger.warning(
+            "%d pieces are left out, because the tokenizer splits or normalizes them: %s",
+            len(left_out),
+            ", ".join(map(repr, left_out[:_NUM_SHOWN])),
+        )
+    return whole
 
 
 def extend_tokenizer(
