@@ -34,8 +34,12 @@ from megatron_chatflow.config.sections import (
 )
 from megatron_chatflow.config.validation import RunConfig
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
-from megatron_chatflow.preprocess.templates import TEMPLATES, document_of_chat
-from megatron_chatflow.tokenizer.chat_template import chat_of_exchanges
+from megatron_chatflow.preprocess.templates import (
+    FAMILY_TEMPLATES,
+    JINJA_TEMPLATES,
+    document_of_chat,
+)
+from megatron_chatflow.tokenizer.chat_template import JinjaTemplate, chat_of_exchanges
 
 DOCS = Path(__file__).parents[1] / "docs"
 RENEW = "`python tools/docs_reference.py`"
@@ -240,13 +244,17 @@ The keys of `data` itself, such as `seq_length` and `split`, are in
         """## Chat templates
 
 `--template` of `tools/preprocess_data.py` selects one of these. The examples show a chat with a system
-text and two exchanges; `⟦...⟧` marks the parts with loss (with `--loss response`), and `</s>` stands for
-the tokenizer's end-of-sequence token. `--chat-template` takes a Jinja template instead.
+text and two exchanges; `⟦...⟧` marks the parts with loss (with `--loss response`), and `<s>` and `</s>`
+stand for the tokenizer's BOS and end-of-sequence token. `--chat-template` takes a Jinja template instead.
 """
     )
     chat = chat_of_exchanges("You are helpful.", (("你好", "Hello!"), ("再见", "Goodbye!")))
-    for name in TEMPLATES:
-        document = document_of_chat(chat, name, "response")
+    control = ("</s>", "<|im_end|>", "<|eot_id|>")
+    special = (("bos_token", "<s>"), ("eos_token", "</s>"))
+    for name in JINJA_TEMPLATES:
+        source = FAMILY_TEMPLATES.get(name)
+        template = JinjaTemplate(name, source, control, special) if source else name
+        document = document_of_chat(chat, template, "response")
         text = "".join(
             f"⟦{part}⟧" if segment.loss else part
             for segment in document.segments

@@ -37,7 +37,8 @@ def main() -> None:
     choice = TokenizerChoice(args.tokenizer_model, args.chat_template)
     sampling = sampling_from_args(args)
     with huggingface_folder(args.model, choice) as folder:
-        conversation = Conversation(Generator(folder), sampling, args.system)
+        generator = Generator(folder, args.chat_template_kwargs)
+        conversation = Conversation(generator, sampling, args.system)
         for line in _lines():
             if line in ("/exit", "/quit"):
                 break

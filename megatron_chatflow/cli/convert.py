@@ -52,9 +52,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     export.add_argument(
         "--chat-template",
-        help=(
-            "chat template of the export: chatflow, llama2, chatml, a Jinja file or a model folder"
-        ),
+        help=("chat template of the export: a built-in one, a Jinja file or a model folder"),
     )
     export.add_argument(
         "--weights",

@@ -17,7 +17,7 @@ from megatron_chatflow.evaluation.tasks import TaskSettings, parse_task_names
 from megatron_chatflow.evaluation.text import TextSource
 from megatron_chatflow.files import check_output_file, write_output_file
 from megatron_chatflow.generation.generate import TEMPLATE_HELP
-from megatron_chatflow.preprocess.templates import TEMPLATES
+from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 
 EXAMPLES = """examples:
   %(prog)s exports/zh --baseline Llama-2-7b-hf --source zh=zh.valid.jsonl \\
@@ -73,7 +73,7 @@ def _parse() -> argparse.Namespace:
     add("--chat-template", metavar="T", help=TEMPLATE_HELP)
     add(
         "--template",
-        choices=list(TEMPLATES),
+        choices=list(JINJA_TEMPLATES),
         help="built-in chat template to use instead of the model's",
     )
     add("--encoding", default="utf-8", metavar="E", help="encoding of the sources")

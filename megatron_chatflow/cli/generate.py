@@ -41,7 +41,7 @@ def main() -> None:
     prompts = [read_prompt(text) for text in args.prompt]
     choice = TokenizerChoice(args.tokenizer_model, args.chat_template)
     with huggingface_folder(args.model, choice) as folder:
-        generator = Generator(folder)
+        generator = Generator(folder, args.chat_template_kwargs)
         for number, prompt in enumerate(prompts):
             if number:
                 print()

@@ -10,7 +10,7 @@ from megatron_chatflow.preprocess.chats import CHAT_KEY_NAMES, parse_chat_key
 from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
 from megatron_chatflow.preprocess.pair_filters import SCRIPTS
 from megatron_chatflow.preprocess.settings import MAX_EXPANSION, MAX_RECORD_BYTES
-from megatron_chatflow.preprocess.templates import TEMPLATES
+from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
 DESCRIPTION = """Tokenizes a corpus into Megatron's indexed datasets.
@@ -176,7 +176,7 @@ def _parse_arguments() -> argparse.Namespace:
     add = chats.add_argument
     add(
         "--template",
-        choices=list(TEMPLATES),
+        choices=list(JINJA_TEMPLATES),
         default="chatflow",
         help="built-in chat template; default: %(default)s",
     )
@@ -185,6 +185,11 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="PATH",
         help="Jinja file, model folder or tokenizer_config.json with a chat template, instead "
         "of --template",
+    )
+    add(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="variables of the template, such as '{\"enable_thinking\": false}'",
     )
     add(
         "--loss",

@@ -69,6 +69,7 @@ class _Template(TypedDict):
     chat_template: NotRequired[str]
     jinja: NotRequired[str]
     sha256: NotRequired[_Digest]
+    variables: NotRequired[dict[str, bool | int | float | str | None]]
 
 
 @with_config(_OPEN)

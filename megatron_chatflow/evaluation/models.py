@@ -21,7 +21,7 @@ from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import TORCH_NAMES, shape_of_huggingface
 from megatron_chatflow.convert.weight_map import check_weights
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
+from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES, TEMPLATES
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.base import adds_bos_token, read_bounded, sha256_of
 from megatron_chatflow.tokenizer.chat_template import JinjaTemplate, find_chat_template
@@ -169,8 +169,8 @@ class LanguageModel:
         own = self._own_template
         if own is None:
             return None
-        for name, source in JINJA_TEMPLATES.items():
-            if source == own.source:
+        for name in TEMPLATES:
+            if JINJA_TEMPLATES[name] == own.source:
                 return name
         names = tuple(sorted(self.tokenizer.special_tokens.items()))
         return replace(own, control_tokens=self.tokenizer.control_tokens, special_tokens=names)

@@ -18,7 +18,7 @@ import torch
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.models import bos_prefix, load_pretrained, with_prefix
-from megatron_chatflow.tokenizer.chat_template import render
+from megatron_chatflow.tokenizer.chat_template import render, template_variables
 from megatron_chatflow.tokenizer.documents import TemplateLimitError
 
 logger = logging.getLogger(__name__)
@@ -106,14 +106,17 @@ class Generator:
         max_length: Maximum number of tokens of prompt and answer together.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template_kwargs: str = "{}") -> None:
         """Loads a Hugging Face folder, on a GPU if there is one.
+
+        ``template_kwargs`` are variables of the chat template as JSON; see `template_variables`.
 
         Raises:
             UserError: It is not a Hugging Face folder, has no tokenizer, or transformers is not
                 installed.
         """
         self.folder = folder
+        self._variables = dict(template_variables(template_kwargs))
         self._tokenizer, self._model = load_pretrained(folder)
         self.max_length = int(self._model.config.max_position_embeddings)
 
@@ -145,6 +148,7 @@ class Generator:
                     "tools": None,
                     "documents": None,
                     "strftime_now": lambda form: datetime.now().strftime(form),
+                    **self._variables,
                     **self._tokenizer.special_tokens_map,
                 },
             )
@@ -325,8 +329,8 @@ def sample_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Gene
 
 
 TEMPLATE_HELP = (
-    "chat template to use instead of the model's: chatflow, llama2, chatml, or a file or folder "
-    "with one"
+    "chat template to use instead of the model's: the name of a built-in one (chatflow, llama3, "
+    "qwen2.5, ...), or a file or folder with one"
 )
 
 
@@ -344,6 +348,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         add(flag, type=kind, default=default, help=f"{text}; default: %(default)s")
     add("--stop", action="append", default=[], help="stop generating at this text (repeatable)")
     add("--chat-template", metavar="T", help=TEMPLATE_HELP)
+    add(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        default="{}",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )
     add("--tokenizer-model", type=Path, metavar="M", help="tokenizer to use instead of the model's")
 
 

@@ -16,7 +16,12 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.tokenizer.chat_template import CHAT_ROLES, Chat, ChatMessage
+from megatron_chatflow.tokenizer.chat_template import (
+    CHAT_ROLES,
+    REASONING_FIELDS,
+    Chat,
+    ChatMessage,
+)
 from megatron_chatflow.tokenizer.documents import BadLineError, DroppedError
 
 ROLES = {
@@ -53,11 +58,8 @@ _CONTEXT_KEYS = ("input", "context")
 _SYSTEM_KEYS = ("system", "system_prompt")
 # The fields of OpenAI, axolotl and ms-swift that select whether a message has loss.
 LOSS_FIELDS = ("weight", "train", "training", "loss")
-# A message or record changes its meaning without these fields. Empty values count as absent.
-UNSUPPORTED_FIELDS = {
-    "message": ("reasoning_content", "reasoning", "thinking"),
-    "record": ("functions", "images", "image", "videos", "video", "audios", "audio"),
-}
+# A record changes its meaning without these fields. Empty values count as absent.
+UNSUPPORTED_FIELDS = ("functions", "images", "image", "videos", "video", "audios", "audio")
 # The fields of answers, and of results of tools, that are passed on to the template.
 _CALL_FIELDS = ("tool_calls", "function_call")
 _RESULT_FIELDS = ("name", "tool_call_id")
@@ -184,7 +186,7 @@ def chat_of(
         return _question_chat(record, keys, settings)
     for name in [keys["messages"]] if "messages" in keys else (key, *CHAT_KEYS):
         if record.get(name) is not None:
-            _refuse_unsupported_fields(record, "record")
+            _refuse_unsupported_fields(record)
             turns = _turns(record[name], keys)
             system = _system(record, keys)
             if system and turns and turns[0].role == "system":
@@ -218,7 +220,12 @@ def chat_of_turns(
         raise DroppedError("answer_without_question")
     if any(turn.role == "user" and not turn.text.strip() for turn in kept):
         raise DroppedError("empty_question")
-    if any(turn.role == "assistant" and not turn.text.strip() and not turn.fields for turn in kept):
+    if any(
+        turn.role == "assistant"
+        and not turn.text.strip()
+        and not any(name in turn.fields for name in _CALL_FIELDS)
+        for turn in kept
+    ):
         raise DroppedError("empty_answer")
     messages = tuple(
         ChatMessage(
@@ -279,13 +286,11 @@ def _turns(messages: Any, keys: Mapping[str, str]) -> list[Turn]:
         if not isinstance(message, dict):
             raise BadLineError("message_not_an_object")
         has_more = not message.keys() <= names
-        if has_more:
-            _refuse_unsupported_fields(message, "message")
         given_role = str(_first_present(message, *role_keys)).lower()
         content = _first_present(message, *content_keys)
         if given_role == _FUNCTION_CALL_ROLE:
-            calls = {"tool_calls": _tool_calls(content)}
-            turns.append(Turn("assistant", "", _loss(message, "assistant"), calls))
+            fields = {**_template_fields(message, "assistant"), "tool_calls": _tool_calls(content)}
+            turns.append(Turn("assistant", "", _loss(message, "assistant"), fields))
             continue
         role = ROLES.get(given_role)
         if role is None:
@@ -331,11 +336,12 @@ def _parsed(value: Any) -> Any:
 
 
 def _template_fields(message: Mapping[str, Any], role: str) -> dict[str, Any]:
-    """Returns the fields of a message for the template: calls of answers, names of results."""
-    for name in _CALL_FIELDS:
+    """Returns the fields for the template: calls and reasoning of answers, names of results."""
+    for name in (*_CALL_FIELDS, *REASONING_FIELDS):
         if role != "assistant" and not _is_empty(message.get(name)):
             raise DroppedError(f"{name}_on_{role}_turn")
-    names = {"assistant": _CALL_FIELDS, "tool": _RESULT_FIELDS, "function": _RESULT_FIELDS}
+    answer_fields = (*_CALL_FIELDS, *REASONING_FIELDS)
+    names = {"assistant": answer_fields, "tool": _RESULT_FIELDS, "function": _RESULT_FIELDS}
     fields = {}
     for name in names.get(role, ()):
         value = message.get(name)
@@ -345,6 +351,8 @@ def _template_fields(message: Mapping[str, Any], role: str) -> dict[str, Any]:
             value = _tool_calls(value)
         elif name == "function_call":
             value = _with_parsed_arguments(_parsed(value))
+        elif name in REASONING_FIELDS and not isinstance(value, str):
+            raise DroppedError(f"{name}_not_text")
         fields[name] = value
     return fields
 
@@ -391,11 +399,9 @@ def _is_empty(value: Any) -> bool:
     return not value or (isinstance(value, str) and value.strip() in _EMPTY_TEXTS)
 
 
-def _refuse_unsupported_fields(
-    fields: Mapping[str, Any], kind: Literal["message", "record"]
-) -> None:
-    for name in UNSUPPORTED_FIELDS[kind]:
-        if not _is_empty(fields.get(name)):
+def _refuse_unsupported_fields(record: Mapping[str, Any]) -> None:
+    for name in UNSUPPORTED_FIELDS:
+        if not _is_empty(record.get(name)):
             raise DroppedError(name)
 
 
@@ -460,7 +466,7 @@ def _question_chat(
     else:
         prompt, answer = _found_keys(record)
         contexts = tuple(name for name in contexts if name != prompt)
-    _refuse_unsupported_fields(record, "record")
+    _refuse_unsupported_fields(record)
     question, context = record.get(prompt), ""
     if names := ((keys["context"],) if "context" in keys else contexts):
         context = _text(record, *names)

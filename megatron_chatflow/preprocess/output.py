@@ -35,7 +35,8 @@ def template_record(settings: PreprocessSettings) -> dict[str, Any]:
 
     The entry has the keys `format`, `name` and `loss`, and `train_on` if chats have loss on other
     messages than all answers. Chats, and translations written as chats,
-    also have `jinja`, the source of the template, and its `sha256`. Pairs also have `direction`.
+    also have `jinja`, the source of the template, its `sha256`, and `variables` if any are set.
+    Pairs also have `direction`.
     Pairs with templates from a YAML file have `texts`, and translations written as chats have
     `chat_template`, the name of the chat template.
     """
@@ -60,6 +61,8 @@ def template_record(settings: PreprocessSettings) -> dict[str, Any]:
     jinja = corpus.chat_template
     source = JINJA_TEMPLATES[corpus.template] if jinja is None else jinja.source
     record |= {"jinja": source, "sha256": hashlib.sha256(source.encode()).hexdigest()}
+    if jinja is not None and jinja.variables:
+        record["variables"] = dict(jinja.variables)
     return {"template": record}
 
 

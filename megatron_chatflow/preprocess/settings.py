@@ -4,15 +4,21 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.chats import ChatSettings
 from megatron_chatflow.preprocess.dedup import num_hashes_of
 from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
 from megatron_chatflow.preprocess.pairs import PairSettings, read_pair_templates
 from megatron_chatflow.preprocess.tab_separated import TabOptions
-from megatron_chatflow.tokenizer.chat_template import JinjaTemplate, read_chat_template
+from megatron_chatflow.preprocess.templates import FAMILY_TEMPLATES
+from megatron_chatflow.tokenizer.chat_template import (
+    JinjaTemplate,
+    read_chat_template,
+    template_variables,
+)
 from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
 
 CorpusFormat = Literal["text", "pairs", "chat"]
@@ -42,7 +48,7 @@ class CorpusSettings:
     max_expansion: float = MAX_EXPANSION
     # name of a built-in chat template for chats and translation instructions
     template: str = "chatflow"
-    # A template of the user to use instead of `template`
+    # The Jinja template to use instead of `template`: the user's, or one of `FAMILY_TEMPLATES`
     chat_template: JinjaTemplate | None = None
     # "response" for loss on responses only, "all" for loss on every token
     loss: Literal["response", "all"] = "response"
@@ -142,6 +148,8 @@ class PreprocessSettings:
         elif self.corpus.chat_template is not None:
             source = self.corpus.chat_template.source.encode()
             corpus["template"] = f"{self.corpus.chat_name} {hashlib.sha256(source).hexdigest()}"
+            if self.corpus.chat_template.variables:
+                corpus["template"] += f" {json.dumps(self.corpus.chat_template.variables)}"
         limit = {} if self.max_tokens is None else {"over_long": self.over_long}
         options = {
             "append_bos": self.append_bos,
@@ -162,7 +170,8 @@ def settings_of_options(options: Mapping[str, Any]) -> PreprocessSettings:
     their defaults.
 
     Raises:
-        UserError: A template file cannot be read, or the encoding is unknown.
+        UserError: A template file cannot be read, its variables are not valid, or the encoding is
+            unknown.
     """
     given = dict(options)
     if given.get("num_workers") is None:
@@ -172,6 +181,18 @@ def settings_of_options(options: Mapping[str, Any]) -> PreprocessSettings:
         given["encoding"] = canonical_encoding(given["encoding"])
     if given.get("chat_template") is not None:
         given["chat_template"] = read_chat_template(given["chat_template"])
+    elif given.get("template") in FAMILY_TEMPLATES:
+        name = given["template"]
+        given["chat_template"] = JinjaTemplate(name, FAMILY_TEMPLATES[name])
+    if variables := given.get("chat_template_kwargs"):
+        if given.get("chat_template") is None:
+            raise UserError(
+                f"--chat-template-kwargs {variables}: the template {given.get('template')} has no "
+                "variables; remove the flag"
+            )
+        given["chat_template"] = replace(
+            given["chat_template"], variables=template_variables(variables)
+        )
     default_key = "messages" if given.get("format") == "chat" else "text"
     given["json_keys"] = given.get("json_keys") or [default_key]
     if given.get("pair_template", "plain") not in ("plain", "translate"):

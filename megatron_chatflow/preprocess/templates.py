@@ -1,12 +1,14 @@
-"""The built-in chat templates `chatflow`, `llama2` and `chatml`.
+"""The built-in chat templates.
 
-Each template exists twice: as a function that returns an exchange as segments, with loss on the
-messages that have loss, and as Jinja source that produces the same text in transformers. They have
-a system text only at the beginning, and no tools.
+`chatflow`, `llama2` and `chatml` exist twice: as a function that returns an exchange as segments,
+with loss on the messages that have loss, and as Jinja source that produces the same text in
+transformers. The templates of `FAMILY_TEMPLATES` are Jinja source only. They write what the chat
+models of a family read, for a base model of the family without a template of its own. All have a
+system text only at the beginning, and no tools.
 
 `chatflow` is the format of the paper, with `### Instruction:` and `### Response:`. Every answer
-ends with the tokenizer's end-of-sequence token. No template adds a token at the beginning of a
-text.
+ends with the tokenizer's end-of-sequence token. Only the templates of LLaMA 3 and Mistral write a
+token, BOS, at the beginning of a text.
 """
 
 from collections.abc import Callable
@@ -139,6 +141,114 @@ JINJA_TEMPLATES = {
 }
 
 
+# Ends the rendering of a chat that a template of a family would write wrongly.
+_ROLES = """\
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{ raise_exception('the template has no role ' + message['role']) }}
+{%- elif message['role'] == 'system' and not loop.first -%}
+{{ raise_exception('the system message is not the first') }}
+{%- endif -%}
+{%- endfor -%}
+"""
+_LLAMA3_TURNS = """\
+{%- for message in turns -%}
+{{ header + message['role'] + '<|end_header_id|>\\n\\n' }}
+{{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ header + 'assistant<|end_header_id|>\\n\\n' }}{%- endif -%}"""
+_LLAMA3_HEAD = _ROLES + "{%- set header = '<|start_header_id|>' -%}{{ bos_token }}"
+_QWEN_PROMPT = """\
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+
+def _qwen(default_system: str) -> str:
+    """Returns ChatML with a system message for every chat that has none."""
+    return (
+        _ROLES
+        + f"""\
+{{%- if messages[0]['role'] != 'system' -%}}
+{{{{ '<|im_start|>system\\n{default_system}<|im_end|>\\n' }}}}
+{{%- endif -%}}
+"""
+        + """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor -%}
+"""
+        + _QWEN_PROMPT
+    )
+
+
+def _mistral(closing: str, with_system: str, answer: str) -> str:
+    """Returns a template of Mistral, whose system text stands in one of the questions.
+
+    ``closing`` ends a question, ``with_system`` is the condition of the question with the system
+    text, and ``answer`` is the expression of an answer's text.
+    """
+    return (
+        _ROLES
+        + _JINJA_HEAD
+        + f"""\
+{{{{ bos_token }}}}
+{{%- for message in turns -%}}
+{{%- if message['role'] == 'user' -%}}
+{{{{ '[INST] ' + (system + '\\n\\n' if system and {with_system} else '') + message['content'] }}}}
+{{{{- '{closing}' }}}}
+{{%- else -%}}
+{{{{ ' ' + {answer} + eos_token }}}}
+{{%- endif -%}}
+{{%- endfor -%}}"""
+    )
+
+
+FAMILY_TEMPLATES = {
+    "llama3": _LLAMA3_HEAD + "{%- set turns = messages -%}" + _LLAMA3_TURNS,
+    # Also of LLaMA 3.2 and 3.3. Meta's template writes the current date, if it is given a clock.
+    "llama3.1": _LLAMA3_HEAD
+    + _JINJA_HEAD
+    + """\
+{{ header + 'system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\nToday Date: ' }}
+{{- (date_string or '26 Jul 2024') + '\\n\\n' + system | trim + '<|eot_id|>' }}
+"""
+    + _LLAMA3_TURNS,
+    "qwen2": _qwen("You are a helpful assistant."),
+    "qwen2.5": _qwen("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    # Writes the reasoning of an answer only after the last question.
+    "qwen3": _ROLES
+    + """\
+{%- for message in messages -%}
+{%- set answer, thought = message['content'], '' -%}
+{%- if message['role'] == 'assistant' -%}
+{%- if message['reasoning_content'] -%}
+{%- set thought = message['reasoning_content'] -%}
+{%- elif '</think>' in answer -%}
+{%- set thought = answer.split('</think>')[0].split('<think>')[-1] -%}
+{%- set answer = answer.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{%- if loop.last -%}
+{%- set thought = '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' -%}
+{%- set answer = thought + answer.lstrip('\\n') -%}
+{%- endif -%}
+{%- endif -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + answer + '<|im_end|>\\n' }}
+{%- endfor -%}
+"""
+    + _QWEN_PROMPT
+    + """\
+{%- if add_generation_prompt and enable_thinking is false -%}
+{{ '<think>\\n\\n</think>\\n\\n' }}
+{%- endif -%}""",
+    # As the tokenizers v1 and v3 of mistral-common: v3 has control tokens for [INST] and [/INST],
+    # puts the system text into the last question, and removes spaces at the end of an answer.
+    "mistral-v1": _mistral(" [/INST]", "loop.first", "message['content']"),
+    "mistral-v3": _mistral(
+        "[/INST]", "loop.index0 >= turns | length - 2", "message['content'].rstrip(' ')"
+    ),
+}
+JINJA_TEMPLATES |= FAMILY_TEMPLATES
+
+
 def template_source(asked: str) -> str:
     """Returns the Jinja source of a template: a name in `JINJA_TEMPLATES`, or a file or folder.
 
@@ -154,14 +264,14 @@ def template_source(asked: str) -> str:
 
 
 def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Document:
-    """Applies a template, a name in `TEMPLATES` or the user's, to a chat.
+    """Applies a template, a name in `TEMPLATES` or a Jinja template, to a chat.
 
     With the loss "response", the messages with loss and the ends of answers have loss. With "all",
     every token has loss except answers without loss. The document may be cut at the ends of
     exchanges.
 
     Raises:
-        DroppedError: The user's template rejected the chat, or the template does not have a role or
+        DroppedError: The Jinja template rejected the chat, or the template does not have a role or
             a field of the chat.
     """
     if isinstance(template, JinjaTemplate):

@@ -2,8 +2,12 @@
 
 The position of each answer in the rendered text is found in one of two ways. A template can mark
 its answers with `{% generation %}`. Otherwise the chat is rendered twice per answer: up to the
-answer, with the generation prompt, and up to the end of the answer. Both results must be prefixes
-of the whole text; otherwise the template is rejected.
+answer, with the generation prompt, and up to the end of the answer. If both results are prefixes of
+the whole text, the answer is what the second adds to the first.
+
+Some templates rewrite earlier answers: Qwen3's removes their reasoning. The second result is then
+no prefix of the whole text, and the answer ends with the first control token after its prompt,
+which must be the one that ends a turn. A template that can be located in neither way is rejected.
 
 The span of another message with loss is found by a rendering in which the message's text is
 replaced, which shows where its text begins.
@@ -35,6 +39,16 @@ SYSTEM = "Probe of the system text."
 PROBE = (("Probe question one?", "Probe answer one."), ("Probe question two?", "Probe answer two."))
 Message = dict[str, Any]
 CHAT_ROLES = ("system", "user", "assistant", "tool", "function")
+# Fields with the reasoning of an answer. A template reads at most one of them.
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+# Variables of every template, which `template_variables` cannot set.
+_OWN_VARIABLES = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "generation_begin",
+    "generation_end",
+)
 
 # Files and folders with chat templates in a model's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -50,8 +64,8 @@ class ChatMessage(NamedTuple):
     role: str  # one of `CHAT_ROLES`
     text: str  # the text of the message; may be empty if an assistant calls tools
     loss: bool = False  # whether the message has loss
-    # other fields for Jinja templates: `tool_calls` and `function_call` of an assistant, `name` and
-    # `tool_call_id` of a result
+    # other fields for Jinja templates: `tool_calls`, `function_call` and `REASONING_FIELDS` of an
+    # assistant, `name` and `tool_call_id` of a result
     fields: Mapping[str, Any] = {}
 
 
@@ -66,6 +80,31 @@ class Chat:
     def answers(self) -> list[ChatMessage]:
         """The messages of the assistant, in order."""
         return [message for message in self.messages if message.role == "assistant"]
+
+
+TemplateVariables = tuple[tuple[str, bool | int | float | str | None], ...]
+
+
+def template_variables(text: str) -> TemplateVariables:
+    """Parses the variables of `JinjaTemplate.variables` from a JSON object, sorted by name.
+
+    Raises:
+        UserError: If it is not an object of numbers, texts, booleans and nulls, or a name is one
+            that every template has.
+    """
+    flag = f"--chat-template-kwargs {text}"
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{flag}: is not JSON ({error}); write '{{\"name\": value}}'") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{flag}: is not a JSON object; write '{{\"name\": value}}'")
+    for name, value in content.items():
+        if name in _OWN_VARIABLES:
+            raise UserError(f"{flag}: {name} is given by the chat; remove it")
+        if isinstance(value, list | dict):
+            raise UserError(f"{flag}: {name} is no text, number, boolean or null; use one of these")
+    return tuple(sorted(content.items()))
 
 
 def chat_of_exchanges(system: str | None, exchanges: Sequence[tuple[str, str]]) -> Chat:
@@ -103,6 +142,8 @@ class JinjaTemplate:
     control_tokens: tuple[str, ...] = ()
     # names and values of the template variables `bos_token`, `eos_token` and so on
     special_tokens: tuple[tuple[str, str], ...] = ()
+    # names and values of further variables, such as `enable_thinking`; see `template_variables`
+    variables: TemplateVariables = ()
 
     def document(self, chat: Chat, loss: str) -> Document:
         """Renders a chat as a document.
@@ -213,6 +254,9 @@ class JinjaTemplate:
         for name in [*(["tools"] if chat.tools else []), *names]:
             if not re.search(rf"\b{name}\b", self.source):
                 raise DroppedError(name)
+        for name in REASONING_FIELDS:  # ordinary words, so only an access to the field counts
+            if name in fields and not re.search(rf"[.\[(]\s*['\"]?{name}\b", self.source):
+                raise DroppedError(name)
         roles = tuple(message.role for message in chat.messages)
         if set(roles[1:]) <= {"user", "assistant"}:
             return
@@ -260,13 +304,31 @@ class JinjaTemplate:
             parts_until_answer = beginnings if consistent else []
         else:
             spans = []
+            always_asks = _always_asks(self)
             for k, part in zip(asked, parts_until_answer, strict=True):
                 prompt = part_of(k, ask=True)
-                if not (text.startswith(part) and part.startswith(prompt)):
+                if not always_asks and text.startswith(part) and part.startswith(prompt):
+                    spans.append((len(prompt), self._end_of_answer(part, len(prompt))))
+                    continue
+                if missing := _missing_roles(self, tuple(m["role"] for m in messages)):
+                    raise DroppedError(f"{missing[0]}_not_in_template")
+                if not text.startswith(prompt):  # such as a prompt that forbids reasoning
+                    answer = {"role": "assistant", "content": probe}
+                    replaced = [*messages[:k], answer, *messages[k + 1 :]]
+                    prompt = self._render(replaced, False, marks, tools).partition(probe)[0]
+                ending = self._pattern.search(text, len(prompt)) if self._pattern else None
+                if not ending or ending[0] != _turn_end(self) or not text.startswith(prompt):
                     raise DroppedError("template_inconsistent")
-                spans.append((len(prompt), self._end_of_answer(part, len(prompt))))
+                spans.append((len(prompt), ending.end()))
+            if always_asks:  # remove the prompt of an answer after the last one
+                text = text[: spans[-1][1]]
+            parts_until_answer = [
+                part if text.startswith(part) else "" for part in parts_until_answer[:-1]
+            ] + [text]
         cut_points = [
-            len(part) for part, may in zip(parts_until_answer, may_cut, strict=False) if may
+            len(part)
+            for part, may in zip(parts_until_answer, may_cut, strict=False)
+            if may and part
         ]
         other_spans = [span_of(k, text) for k in others_with_loss]
         return _Rendered(text, guard, spans, other_spans, cut_points)
@@ -300,7 +362,7 @@ class JinjaTemplate:
         variables: dict[str, Any] = {"messages": messages, "add_generation_prompt": ask}
         if tools:
             variables["tools"] = tools
-        variables |= dict(self.special_tokens) | dict(marks or {})
+        variables |= dict(self.variables) | dict(self.special_tokens) | dict(marks or {})
         try:
             return render(self.source, variables)
         except (DroppedError, UserError):
@@ -343,6 +405,29 @@ def _missing_roles(template: JinjaTemplate, roles: tuple[str, ...]) -> list[str]
     except DroppedError:
         return []
     return [role for role, probe in zip(roles, probes, strict=True) if probe not in text]
+
+
+@lru_cache(maxsize=1 << 6)
+def _turn_end(template: JinjaTemplate) -> str | None:
+    return template.turn_end()
+
+
+@lru_cache(maxsize=1 << 6)
+def _always_asks(template: JinjaTemplate) -> bool:
+    """Returns whether a template writes the prompt of an answer even after the last answer.
+
+    The original template of LLaMA 3 does, because it ignores `add_generation_prompt`.
+    """
+    messages = template._messages(chat_of_exchanges(None, PROBE), "")
+    try:
+        chat, asked = (template._render(messages, ask) for ask in (False, True))
+    except TemplateLimitError:
+        raise
+    except DroppedError:
+        return False
+    (_, first_answer), (second_question, last_answer) = PROBE
+    between = chat.partition(first_answer)[2].partition(second_question)[0]
+    return chat == asked and not between.startswith(chat.rpartition(last_answer)[2])
 
 
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:

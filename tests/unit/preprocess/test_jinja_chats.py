@@ -1,6 +1,7 @@
 """Tests chats rendered by a Jinja template: exact loss spans, or a refusal."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ pytest.importorskip("jinja2")
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 from megatron_chatflow.tokenizer.chat_template import (
+    Chat,
+    ChatMessage,
     JinjaTemplate,
     chat_of_exchanges,
     find_chat_template,
     read_chat_template,
+    template_variables,
 )
 from megatron_chatflow.tokenizer.documents import Document, DroppedError
 
@@ -168,3 +172,58 @@ def test_a_template_that_writes_the_date() -> None:
         template("{{ strftime_now('%Y-%m-%d') }}" + chat).check()
     guarded = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}"
     template(guarded + chat + "{% if add_generation_prompt %}[assistant]{% endif %}").check()
+
+
+ASKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+LAST_ONLY = (
+    "{% for m in messages if m.role != 'system' or not loop.last %}"
+    "{% if m.role == 'user' %}<|im_start|>{{ messages[0].content if loop.last }}{{ m.content }}"
+    "{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_asks_after_the_last_answer() -> None:
+    """The first template of LLaMA 3 ignores `add_generation_prompt`."""
+    asks = template(ASKS)
+    asks.check()
+    document = asks.document(CHAT, "response")
+    assert [text for text, _ in learnt(document)] == [
+        "A <|im_end|> b.",
+        "<|im_end|>",
+        "C.",
+        "<|im_end|>",
+    ]
+    assert "".join(s.text for s in document.segments).endswith("C.<|im_end|>")
+
+
+def test_a_system_text_that_only_the_prompt_has() -> None:
+    """Mistral's template writes it into a last question, which a chat with an answer has not."""
+    with pytest.raises(DroppedError, match="system_not_in_template"):
+        template(LAST_ONLY).document(CHAT, "response")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ('{"messages": 1}', "messages is given by the chat"),
+        ('{"a": []}', "a is no text"),
+    ],
+)
+def test_variables_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"--chat-template-kwargs .*{message}"):
+        template_variables(text)
+
+
+def test_variables_and_reasoning() -> None:
+    source = CHATML.replace("{{ m.content | trim }}", "{{ m.thinking }}{{ style }}{{ m.content }}")
+    answer = ChatMessage("assistant", "a", True, {"thinking": "hm "})
+    chat = Chat((ChatMessage("user", "q"), answer))
+    given = replace(template(source), variables=template_variables('{"style": "<b>"}'))
+    assert learnt(given.document(chat, "response"))[0] == ("hm <b>a", "text")
+    with pytest.raises(DroppedError, match="thinking"):
+        template(CHATML.replace("| trim", "| trim ~ ' thinking '")).document(chat, "response")

@@ -341,8 +341,8 @@ def test_dolly() -> None:
             False,
         ),
         (
-            {"messages": [QUESTION, message("assistant", reasoning_content="so")]},
-            "reasoning_content",
+            {"messages": [message("user", reasoning_content="so"), message("assistant")]},
+            "reasoning_content_on_user_turn",
             False,
         ),
         ({"instruction": "a", "output": "b", "images": ["c.png"]}, "images", False),

@@ -47,6 +47,7 @@ PRINTED_BY = {
     "preprocess.merge": {"tools.merge_datasets"},
     "preprocess.parse": {"tools.preprocess_data"},
     "preprocess.readers": {"tools.preprocess_data"},
+    "preprocess.settings": {"tools.preprocess_data"},
     "preprocess.staged_upload": {"tools.preprocess_data", "tools.merge_datasets"},
     "preprocess.tab_separated": {"tools.preprocess_data"},
     "preprocess.tmx": {"tools.preprocess_data"},
