@@ -99,7 +99,7 @@ def encode_segments(
                 not (segment.kind == "end" and (ids[-1:] == [token_id] or number > 0))
                 for number, segment in enumerate(members)
             )
-            follows_text = False
+            follows_text = not tokenizer.prefixes_every_part
         ids += new_ids
         loss_mask += [int(loss)] * len(new_ids)
         ends += [len(ids)] * len(members)

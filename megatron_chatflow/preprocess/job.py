@@ -155,6 +155,8 @@ def preprocess_files(
     ``num_bad_before`` bad lines in earlier partitions count towards `max_bad_lines`.
     """
     tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
+    if tokenizer.tokenizer_type == "HuggingFaceTokenizer":
+        logger.info("encoding with the tokenizers library, as the model is a tokenizer.json")
     _check_bos(settings, tokenizer)
     settings = _with_control_tokens(settings, tokenizer)
     keys = settings.corpus.json_keys

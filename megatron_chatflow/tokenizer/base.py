@@ -1,6 +1,7 @@
 """The `Tokenizer` class and the functions that its implementations share."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -53,6 +54,20 @@ class Tokenizer(ABC):
     def add_bos_token(self) -> bool:
         """Whether the model's configuration adds BOS to every text (see `adds_bos_token`)."""
         return adds_bos_token(self.model_path, self.bos_id)
+
+    @cached_property
+    def prefixes_every_part(self) -> bool:
+        """Whether a text that follows a control token begins as a text at the beginning does.
+
+        A SentencePiece model prepends a space to each of them, except if the `tokenizer.json` in
+        the same folder does so only at the beginning of the whole text (the scheme ``first`` of
+        its pre-tokenizer, as in Mistral 7B v0.3).
+        """
+        try:
+            data = (self.model_path.parent / "tokenizer.json").read_bytes()
+            return not prefixes_first_part(parse_tokenizer_json(data))
+        except (OSError, ValueError):  # missing, or damaged and not used
+            return True
 
     @cached_property
     @abstractmethod
@@ -151,6 +166,11 @@ class Tokenizer(ABC):
         from megatron_chatflow.tokenizer import small_files  # which depends on this module
 
         small_files.save_tokenizer(self, Path(folder), chat_template, add_bos_token)
+
+
+def prefixes_first_part(tokenizer_json: Mapping[str, Any]) -> bool:
+    """Returns whether a `tokenizer.json` prepends a space only at the beginning of a text."""
+    return '"prepend_scheme": "first"' in json.dumps(tokenizer_json.get("pre_tokenizer"))
 
 
 def adds_bos_token(model_path: Path, bos_id: int) -> bool:

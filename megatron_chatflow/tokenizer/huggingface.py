@@ -18,6 +18,7 @@ from typing_extensions import override
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.base import (
     Tokenizer,
+    prefixes_first_part,
     read_model_file,
     read_tokenizer_config,
     sha256_of,
@@ -81,6 +82,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def _continuing_tokenizer(self) -> tokenizers.Tokenizer:
         with library_errors(f"not a tokenizer.json: {self.model_path}"):
             return open_tokenizer_json(_without_prefix_space(self._content))
+
+    @cached_property
+    @override
+    def prefixes_every_part(self) -> bool:
+        return not prefixes_first_part(self._content)
 
     @cached_property
     @override

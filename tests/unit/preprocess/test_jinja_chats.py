@@ -176,12 +176,12 @@ def test_a_template_that_writes_the_date() -> None:
 
 ASKS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
-    "<|im_start|>assistant\n"
+    "{{ '<|im_start|>assistant\n' }}"
 )
 LAST_ONLY = (
-    "{% for m in messages if m.role != 'system' or not loop.last %}"
-    "{% if m.role == 'user' %}<|im_start|>{{ messages[0].content if loop.last }}{{ m.content }}"
-    "{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% for m in messages[1:] %}{% if m.role == 'user' %}<|im_start|>"
+    "{{ messages[0].content if loop.last }}{{ m.content }}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
 )
 
 

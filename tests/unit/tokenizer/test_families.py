@@ -16,6 +16,7 @@ from made_up_text import made_up_sentences
 
 from megatron_chatflow.convert.vocabulary import grow_rows, vocabulary_growth
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess import preprocess, settings_of_options
 from megatron_chatflow.preprocess.encode import encode_segments
 from megatron_chatflow.preprocess.templates import FAMILY_TEMPLATES
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
@@ -25,6 +26,7 @@ from megatron_chatflow.tokenizer.chat_template import (
     JinjaTemplate,
     chat_of_exchanges,
 )
+from megatron_chatflow.tokenizer.documents import Segment
 from megatron_chatflow.tokenizer.extend import extend_tokenizer, whole_pieces
 
 transformers = pytest.importorskip("transformers")
@@ -276,3 +278,52 @@ def test_new_tokens_take_the_rows_behind_the_tokenizer(
     torch.testing.assert_close(grown[: old.vocab_size], rows[: old.vocab_size], rtol=0, atol=0)
     torch.testing.assert_close(grown[new.vocab_size :], rows[new.vocab_size :], rtol=0, atol=0)
     assert not torch.equal(grown[old.vocab_size], rows[old.vocab_size])
+
+
+@pytest.mark.parametrize("is_json", [True, False])
+def test_a_space_only_at_the_beginning_of_a_text(
+    tiny_sentencepiece_model: Path, tmp_path: Path, is_json: bool
+) -> None:
+    """Mistral 7B v0.3 prepends no space after a control token."""
+    load_tokenizer(tiny_sentencepiece_model).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "\u2581",
+        "prepend_scheme": "first",
+        "split": False,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    reference = tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path, "HuggingFaceTokenizer" if is_json else "auto")
+    assert tokenizer.tokenizer_type == ("HuggingFaceTokenizer" if is_json else "Llama2Tokenizer")
+    for parts in (("<s>", "bana", "</s>", " sanka"), ("bana", "</s>", "bana"), ("<s>", "  x")):
+        segments = [Segment(p, True, "control" if "s>" in p else "text") for p in parts]
+        ids = encode_segments(tokenizer, segments)[0]
+        assert ids == reference.encode("".join(parts), add_special_tokens=False).ids
+
+
+def test_preprocessing_with_a_family_template(models: dict[str, Tokenizer], tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bana"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    options = {
+        "inputs": [str(tmp_path / "chats.jsonl")],
+        "output_prefix": str(tmp_path / "out"),
+        "tokenizer_model": str(models["qwen"].model_path.parent),
+        "format": "chat",
+        "template": "qwen3",
+        "chat_template_kwargs": '{"enable_thinking": false}',
+        "num_workers": 1,
+    }
+    preprocess(settings_of_options(options))
+    sidecar = json.loads((tmp_path / "out_messages_document.json").read_text())
+    template = sidecar["template"]
+    assert template["name"] == "qwen3" and template["jinja"] == FAMILY_TEMPLATES["qwen3"]
+    assert template["variables"] == {"enable_thinking": False}
+    assert sidecar["num_loss_tokens"] == len(models["qwen"].encode("bana")) + 1
+    assert not sidecar["settings"]["append_bos"]
+    with pytest.raises(UserError, match="--append-bos: the tokenizer has no BOS"):
+        preprocess(settings_of_options({**options, "append_bos": True, "overwrite": True}))
+    with pytest.raises(UserError, match="the template chatflow has no variables"):
+        settings_of_options({**options, "template": "chatflow"})
