@@ -6,13 +6,14 @@
 #   MATRIX               combinations that `make test-matrix` runs, such as MATRIX=3.12:0.19.2, or
 #                        MATRIX=3.11:0.16.1:2.6.0 with a version of torch
 #   SECONDS, SEED        how long and from which seed `make fuzz` runs
+#   QUICK                QUICK=1 runs the short form of `make study`
 #   PIP_EXTRA_INDEX_URL  on a machine without a GPU: the PyTorch CPU wheel index, see CONTRIBUTING.md
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build test test-fast test-all test-matrix docs lint format demo demo-short smollm2 sanitize chaos fuzz clean
+.PHONY: help venv build test test-fast test-all test-matrix docs lint format demo demo-short smollm2 study sanitize chaos fuzz clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -83,6 +84,9 @@ demo-short: $(BUILT) ## the same with few iterations (about 5 minutes)
 
 smollm2: $(BUILT) ## SmolLM2-135M into Chinese, with and without new tokens, in runs/smollm2_zh (hours)
 	$(BIN)/python examples/smollm2_zh/demo.py
+
+study: $(BUILT) ## schedules compared at equal data, in runs/transfer_study (hours; QUICK=1: 15 minutes)
+	$(BIN)/python -m examples.transfer_study $(if $(QUICK),--quick)
 
 sanitize: $(BUILT) ## run the tests of the C++ code under the address and undefined-behaviour sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh

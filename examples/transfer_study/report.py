@@ -1,0 +1,338 @@
+"""Writes tables and figures of the study from its results, and puts them into the pages.
+
+Pages have pairs of markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. What lies between
+them is generated, the rest is written by hand.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from examples.transfer_study.analysis import REFERENCE, Analysis, Cell, Difference
+from examples.transfer_study.arms import ARMS, EQUAL_ARMS
+from examples.transfer_study.prepare import EVALUATED
+from examples.transfer_study.propose import goal_score
+from examples.transfer_study.study import PROPOSED, Results, Study
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import write_output_file
+
+HERE = Path("examples/transfer_study")
+PAGES = (HERE / "README.md", Path("docs/transfer_study.md"))
+_PNG_FOLDERS = (HERE, Path("docs/images"))
+# Readable without color: every arm has its own marker and line style.
+_STYLES: dict[str, dict[str, Any]] = {
+    "dynamic": {"marker": "o", "linestyle": "-", "color": "#0072b2"},
+    "static": {"marker": "s", "linestyle": "--", "color": "#000000"},
+    "reversed": {"marker": "^", "linestyle": "-.", "color": "#d55e00"},
+    "two_stage": {"marker": "D", "linestyle": ":", "color": "#009e73"},
+    "chinese_only": {"marker": "x", "linestyle": (0, (5, 1)), "color": "#cc79a7"},
+    "chinese_then_instruction": {"marker": "+", "linestyle": (0, (1, 1)), "color": "#56b4e9"},
+    PROPOSED: {"marker": "*", "linestyle": "-", "color": "#e69f00"},
+}
+_SHAPES = {"wsd": "constant rate, common decay", "cosine": "cosine over the whole run"}
+
+
+def write_report(results: Results, study: Study, folder: Path | None) -> list[Path]:
+    """Writes tables and figures and returns the files.
+
+    Args:
+        results: The results.
+        study: The sizes.
+        folder: Where to write ``report.md`` and the figures; None writes them into the pages of the
+            repository.
+
+    Raises:
+        UserError: There are no results, matplotlib is missing, or a page lacks a marker.
+    """
+    analysis = Analysis.of(results.entries, results.foundations)
+    if not analysis.settings():
+        raise UserError(f"{results.path}: has no complete static arm yet; run the study first")
+    sections = make_sections(analysis, results, study)
+    figures = draw_figures(analysis, results)
+    written = []
+    if folder is not None:
+        text = "\n\n".join(f"## {name.capitalize()}\n\n{body}" for name, body in sections.items())
+        write_output_file(folder / "report.md", f"# Results\n\n{text}\n")
+        written.append(folder / "report.md")
+    for place in _PNG_FOLDERS if folder is None else (folder,):
+        for name, content in figures.items():
+            path = place / f"transfer_{name}.png"
+            write_output_file(path, content)
+            written.append(path)
+    for page in PAGES if folder is None else ():
+        write_output_file(page, fill_page(page.read_text(encoding="utf-8"), sections, page))
+        written.append(page)
+    return written
+
+
+def fill_page(text: str, sections: dict[str, str], page: Path) -> str:
+    """Replaces what is between the markers of a page.
+
+    Raises:
+        UserError: A marker names no section.
+    """
+
+    def replace_one(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in sections:
+            raise UserError(f"{page}: no section {name}; known: {', '.join(sections)}")
+        return f"<!-- begin {name} -->\n{sections[name]}\n<!-- end {name} -->"
+
+    pattern = re.compile(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", re.DOTALL)
+    return pattern.sub(replace_one, text)
+
+
+def make_sections(analysis: Analysis, results: Results, study: Study) -> dict[str, str]:
+    """Returns the generated parts of the pages by name."""
+    return {
+        "state": _state(analysis, results, study),
+        "verdicts": _verdicts(analysis),
+        "final": "\n\n".join(_final_table(analysis, one) for one in analysis.settings()),
+        "differences": "\n\n".join(_difference_table(analysis, one) for one in analysis.settings()),
+        "speed": "\n\n".join(_speed_table(analysis, one) for one in analysis.settings()),
+        "proposal": _proposal(analysis, results),
+    }
+
+
+def _state(analysis: Analysis, results: Results, study: Study) -> str:
+    cost = analysis.cost()
+    lines = [
+        f"{cost['runs']:.0f} runs, {cost['tokens'] / 1e6:.1f}M tokens, {cost['flops']:.2g} FLOPs, "
+        f"{cost['core_hours']:.1f} core-hours, without the foundations.",
+        "",
+    ]
+    rows = []
+    for name, facts in results.foundations.items():
+        mine = [seeds for cell, seeds in analysis.runs.items() if cell.model == name]
+        seeds = sorted({seed for one in mine for seed in one})
+        tokens = max((entry["tokens"] for one in mine for entry in one.values()), default=0)
+        rows.append(
+            [
+                name,
+                f"{facts['tokens']:,}",
+                f"{facts['curve'][0]['bits_per_byte']['english']:.3f}",
+                f"{facts['final']['english']:.3f}",
+                f"{facts['final']['chinese']:.3f}",
+                f"{tokens:,}",
+                ", ".join(map(str, seeds)),
+                str(sum(map(len, mine))),
+            ]
+        )
+    head = ["model", "tokens of the foundation", "English before", "English", "Chinese"]
+    return "\n".join([*lines, _table([*head, "tokens of an arm", "seeds", "runs"], rows)])
+
+
+def _verdicts(analysis: Analysis) -> str:
+    """Returns the claim's table: dynamic against static, at every setting and source."""
+    rows = []
+    for setting in analysis.settings():
+        cell = Cell(*setting, "dynamic")
+        for measure in analysis.measures:
+            found = analysis.difference(cell, measure)
+            if found is not None:
+                verdict = analysis.verdict(cell, measure)
+                rows.append([_name_of(setting), measure, _shown(found), verdict])
+    return _table(["setting", "measure", "dynamic - static", "verdict"], rows)
+
+
+def _final_table(analysis: Analysis, setting: tuple[str, str, bool]) -> str:
+    rows = []
+    for arm in _in_order(analysis.arms(setting)):
+        cell = Cell(*setting, arm)
+        row = [arm]
+        for measure in _measures(analysis, cell):
+            values = list(analysis.values(cell, measure).values())
+            spread = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+            row.append(f"{fmean(values):.3f}{spread}" if values else "-")
+        rows.append([*row, str(len(analysis.runs[cell]))])
+    measures = _measures(analysis, Cell(*setting, REFERENCE))
+    return f"**{_name_of(setting)}**\n\n" + _table(["arm", *measures, "seeds"], rows)
+
+
+def _difference_table(analysis: Analysis, setting: tuple[str, str, bool]) -> str:
+    """Returns paired differences to the static arm; those that exceed two errors are bold."""
+    rows = []
+    for arm in _in_order(analysis.arms(setting)):
+        if arm == REFERENCE:
+            continue
+        cell = Cell(*setting, arm)
+        row = [arm]
+        for measure in _measures(analysis, cell):
+            found = analysis.difference(cell, measure)
+            text = "-" if found is None else _shown(found)
+            is_clear = found is not None and found.verdict in ("lower", "higher")
+            row.append(f"**{text}**" if is_clear else text)
+        rows.append(row)
+    measures = _measures(analysis, Cell(*setting, REFERENCE))
+    return f"**{_name_of(setting)}**, arm - static\n\n" + _table(["arm", *measures], rows)
+
+
+def _speed_table(analysis: Analysis, setting: tuple[str, str, bool]) -> str:
+    rows = [
+        [arm, *(str(analysis.reach(Cell(*setting, arm), source)) for source in EVALUATED)]
+        for arm in _in_order(analysis.arms(setting))
+        if arm != REFERENCE
+    ]
+    return f"**{_name_of(setting)}**\n\n" + _table(["arm", *EVALUATED], rows)
+
+
+def _proposal(analysis: Analysis, results: Results) -> str:
+    """Returns whether the predictions of the proposed schedules held."""
+    parts = []
+    for model, facts in results.proposals.items():
+        goal = ", ".join(f"{name} {weight:g}" for name, weight in facts["goal"].items())
+        rows = []
+        cells = {
+            "proposed": Cell(model, "wsd", False, PROPOSED),
+            "best arm": Cell(model, "wsd", False, facts["best_arm"]),
+        }
+        for name in facts["predicted"]:
+            value, low, high = facts["predicted"][name]
+            row = [name, f"{value:.3f} ({low:.3f} to {high:.3f})"]
+            measured = list(analysis.values(cells["proposed"], name).values())
+            if measured:
+                mean = fmean(measured)
+                row += [f"{mean:.3f}", "yes" if low <= mean <= high else "no"]
+            else:
+                row += ["not run yet", "-"]
+            best = list(analysis.values(cells["best arm"], name).values())
+            fit = facts["fit"][name]
+            error = f"{100 * fit['leave_one_out_error']:.1f} % of {100 * fit['spread']:.1f} %"
+            rows.append([*row, f"{fmean(best):.3f}" if best else "-", error])
+        head = ["source", "predicted", "measured", "inside", f"best arm ({facts['best_arm']})"]
+        text = f"**{model}**, goal {goal}:\n\n"
+        text += _table([*head, "leave-one-out error of spread"], rows)
+        if all(cell in analysis.runs for cell in cells.values()):
+            scores = {name: goal_score(analysis, cell) for name, cell in cells.items()}
+            gain = 100 * (np.exp(scores["proposed"] - scores["best arm"]) - 1)
+            text += f"\n\nWeighted mean of the losses against the best arm: {gain:+.2f} %."
+        parts.append(text)
+    return "\n\n".join(parts) or "No schedule has been proposed yet."
+
+
+def draw_figures(analysis: Analysis, results: Results) -> dict[str, bytes]:
+    """Draws all figures as PNG, by name.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "matplotlib is not installed; run pip install 'megatron-chatflow[report]'"
+        ) from None
+    settings = analysis.settings()
+    figures = {}
+
+    figure = Figure(figsize=(11, 2.6 * len(settings)), layout="constrained")
+    rows = figure.subplots(len(settings), 1, squeeze=False)[:, 0]
+    for axes, setting in zip(rows, settings, strict=True):
+        arms = [arm for arm in _in_order(analysis.arms(setting)) if arm in _STYLES]
+        arms = [arm for arm in arms if arm in (*EQUAL_ARMS, PROPOSED) and arm != REFERENCE]
+        for number, arm in enumerate(arms):
+            found = [analysis.difference(Cell(*setting, arm), name) for name in EVALUATED]
+            places = [k for k, one in enumerate(found) if one is not None]
+            shown = [one for one in found if one is not None]
+            axes.errorbar(
+                [k + 0.15 * (number - (len(arms) - 1) / 2) for k in places],
+                [one.mean for one in shown],
+                yerr=[2 * _finite(one.standard_error) for one in shown],
+                label=arm,
+                capsize=3,
+                **{**_STYLES[arm], "linestyle": "none"},
+            )
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(EVALUATED)), EVALUATED)
+        axes.set_ylabel("bits per byte\nminus static")
+        axes.set_title(_name_of(setting), fontsize="medium")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figures["differences"] = _png(figure)
+
+    shown_sources = ("chinese", "english", "instruction")
+    figure = Figure(figsize=(12, 3.2 * len(settings)), layout="constrained")
+    grid = figure.subplots(len(settings), len(shown_sources), squeeze=False)
+    for line, setting in zip(grid, settings, strict=True):
+        for axes, source in zip(line, shown_sources, strict=True):
+            for arm in _in_order(analysis.arms(setting)):
+                tokens, mean, error = mean_curve(analysis, Cell(*setting, arm), source)
+                style = {**_STYLES[arm], "markersize": 4}
+                axes.errorbar(tokens, mean, yerr=2 * error, label=arm, capsize=2, **style)
+            axes.set_title(f"{_name_of(setting)}: {source}", fontsize="small")
+            axes.set_xlabel("million tokens")
+            axes.set_ylabel("bits per byte")
+        line[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figures["curves"] = _png(figure)
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    arms = [arm for arm in (*ARMS, PROPOSED) if any(cell.arm == arm for cell in analysis.runs)]
+    grid = figure.subplots(2, -(-len(arms) // 2), squeeze=False).ravel()
+    for axes, arm in zip(grid, arms, strict=False):
+        cell = next(cell for cell in analysis.runs if cell.arm == arm and not cell.has_tail)
+        _draw_shares(axes, next(iter(analysis.runs[cell].values())), arm)
+    for axes in grid[len(arms) :]:
+        axes.set_axis_off()
+    grid[0].legend(fontsize="small")
+    figures["arms"] = _png(figure)
+    return figures
+
+
+def mean_curve(
+    analysis: Analysis, cell: Cell, source: str
+) -> tuple[list[float], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Returns tokens in millions, and mean and standard error over the seeds."""
+    curves = [entry["curve"] for entry in analysis.runs[cell].values()]
+    values = np.array([[p["bits_per_byte"][source] for p in curve] for curve in curves])
+    error = np.zeros(values.shape[1])
+    if len(values) > 1:
+        error = values.std(axis=0, ddof=1) / len(values) ** 0.5
+    return [point["tokens"] / 1e6 for point in curves[0]], values.mean(axis=0), error
+
+
+def _draw_shares(axes: Any, entry: dict[str, Any], title: str) -> None:
+    """Draws the shares of the sources over a run, with a line style for each."""
+    rows = [row["tokens"] for row in entry["trajectory"]]
+    places = (np.arange(len(rows)) + 0.5) / len(rows)
+    for name, style in zip(EVALUATED, ("-", "--", ":", "-."), strict=False):
+        axes.plot(places, [row.get(name, 0) / sum(row.values()) for row in rows], style, label=name)
+    axes.set_title(title, fontsize="small")
+    axes.set_ylim(-0.02, 1.02)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    # Without the date and version, the same results give the same file.
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _finite(value: float) -> float:
+    return value if np.isfinite(value) else 0.0
+
+
+def _in_order(arms: Sequence[str]) -> list[str]:
+    return [arm for arm in (*ARMS, PROPOSED) if arm in arms]
+
+
+def _measures(analysis: Analysis, cell: Cell) -> list[str]:
+    return [name for name in analysis.measures if analysis.values(cell, name)]
+
+
+def _name_of(setting: tuple[str, str, bool]) -> str:
+    model, shape, has_tail = setting
+    return f"{model}, {_SHAPES[shape]}{', common tail' if has_tail else ''}"
+
+
+def _shown(found: Difference) -> str:
+    if found.num_seeds < 2:
+        return f"{found.mean:+.3f}"
+    return f"{found.mean:+.3f} ± {found.standard_error:.3f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

@@ -1,0 +1,376 @@
+"""Fits how final losses depend on when each source's tokens came, and proposes a schedule.
+
+The model is small enough to be identified from a few dozen short runs. For every evaluated source
+k, the final loss L_k (bits per byte, or nats) of a run is
+
+    log L_k = a_k - sum_j b_kj * log(1 + M_j / m_k)
+
+where M_j is the effective mass of source j, in tokens at the highest learning rate:
+
+    M_j = sum_t (lr_t / lr_max) * n_jt * (f_k + (1 - f_k) * exp(-(u_T - u_t) / s_k)).
+
+n_jt are the tokens of source j in part t of the run, and u_t is the sum of ``lr / lr_max`` times
+tokens of all sources up to it, so that age is counted in tokens at the highest learning rate. The
+kernel has a recent part that is forgotten over s_k tokens, and a part f_k that stays. s_k, f_k and
+m_k are searched on a grid, and a_k and b_kj are linear least squares given them. A negative b_kj
+means that source j displaces what is evaluated.
+
+The error is that of predicting each run from all others (leave-one-out, with the nonlinear
+parameters chosen anew each time). The proposal minimizes the upper end of the prediction, because
+an optimizer is drawn to where a model errs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.errors import UserError
+
+FloatArray = npt.NDArray[np.float64]
+
+SPANS = tuple(np.geomspace(0.03, 2.0, 13).tolist())
+"""Candidates of s_k, relative to the median length of the runs."""
+LASTING = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+"""Candidates of f_k; 1 means that the order does not matter."""
+SATURATIONS = tuple(np.geomspace(0.003, 1.0, 9).tolist())
+"""Candidates of m_k, relative to the median length of the runs."""
+_RIDGE = 1e-4
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a run read and at which learning rates.
+
+    Attributes:
+        learning_rate: float64[num_parts], mean learning rate of each part of the run.
+        tokens: float64[num_parts, num_sources], tokens of each source in each part.
+    """
+
+    learning_rate: FloatArray
+    tokens: FloatArray
+
+    def masses(self, span: float, lasting: float, peak: float) -> FloatArray:
+        """Returns the effective masses, float64[num_sources].
+
+        Args:
+            span: s_k, in tokens.
+            lasting: f_k.
+            peak: The learning rate at which a token counts as one.
+        """
+        rate = self.learning_rate / peak
+        steps = rate * self.tokens.sum(axis=1)
+        # Age of the middle of each part.
+        age = steps[::-1].cumsum()[::-1] - steps / 2
+        kernel = lasting + (1 - lasting) * np.exp(-age / span)
+        return np.asarray((rate * kernel) @ self.tokens)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A run with its result.
+
+    Attributes:
+        name: The name of the run.
+        trajectory: What it read.
+        losses: Final loss of each evaluated source.
+    """
+
+    name: str
+    trajectory: Trajectory
+    losses: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class TargetFit:
+    """The fitted model of one evaluated source.
+
+    Attributes:
+        span: s_k in tokens.
+        lasting: f_k.
+        saturation: m_k in tokens.
+        coefficients: float64[1 + num_sources], a_k and -b_kj.
+        covariance: float64[1 + num_sources, 1 + num_sources], ``(X'X)^-1``.
+        sigma: Standard deviation of a prediction error of a run among the fitted ones, from the
+            leave-one-out errors, in log loss.
+        num_runs: Number of fitted runs.
+        spread: Standard deviation of the fitted log losses, for comparison with ``sigma``.
+    """
+
+    span: float
+    lasting: float
+    saturation: float
+    coefficients: FloatArray
+    covariance: FloatArray
+    sigma: float
+    num_runs: int
+    spread: float
+
+    def predict(self, trajectory: Trajectory, peak: float) -> tuple[float, float]:
+        """Returns the predicted log loss of a run and the standard deviation of its error."""
+        row = _design(trajectory.masses(self.span, self.lasting, peak), self.saturation)
+        leverage = float(row @ self.covariance @ row)
+        return float(row @ self.coefficients), self.sigma * (1 + leverage) ** 0.5
+
+
+@dataclass(frozen=True)
+class RecencyFit:
+    """Fitted models of all evaluated sources.
+
+    Attributes:
+        sources: Names of the training sources, in the order of the trajectories.
+        peak: The highest learning rate of all runs.
+        targets: The fits by evaluated source.
+    """
+
+    sources: tuple[str, ...]
+    peak: float
+    targets: Mapping[str, TargetFit]
+
+    def predict(self, trajectory: Trajectory) -> dict[str, tuple[float, float, float]]:
+        """Returns predicted loss and the ends of its interval of two standard deviations."""
+        found = {}
+        for name, target in self.targets.items():
+            mean, deviation = target.predict(trajectory, self.peak)
+            ends = np.exp([mean, mean - 2 * deviation, mean + 2 * deviation])
+            found[name] = (float(ends[0]), float(ends[1]), float(ends[2]))
+        return found
+
+    def score(self, trajectory: Trajectory, goal: Mapping[str, float], caution: float) -> float:
+        """Returns the weighted mean of predicted log losses plus ``caution`` standard deviations.
+
+        The errors of different sources are taken as independent.
+        """
+        total = sum(goal.values())
+        mean = variance = 0.0
+        for name, weight in goal.items():
+            value, deviation = self.targets[name].predict(trajectory, self.peak)
+            mean += weight / total * value
+            variance += (weight / total * deviation) ** 2
+        return mean + caution * float(np.sqrt(variance))
+
+
+def merge_replicates(observations: Sequence[Observation]) -> list[Observation]:
+    """Averages the losses of runs that read the same, such as those of different seeds.
+
+    Left in, the others would predict a run that is left out from its own replicates.
+    """
+    groups: dict[bytes, list[Observation]] = {}
+    for one in observations:
+        parts = (one.trajectory.learning_rate, one.trajectory.tokens)
+        key = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+        groups.setdefault(key, []).append(one)
+    merged = []
+    for group in groups.values():
+        names = [name for name in group[0].losses if all(name in one.losses for one in group)]
+        losses = {name: float(np.mean([one.losses[name] for one in group])) for name in names}
+        merged.append(Observation(group[0].name, group[0].trajectory, losses))
+    return merged
+
+
+def fit_recency(observations: Sequence[Observation], sources: Sequence[str]) -> RecencyFit:
+    """Fits the model to runs.
+
+    Args:
+        observations: The runs; trajectories have the sources in the given order.
+        sources: Names of the training sources.
+
+    Raises:
+        UserError: There are too few runs for the parameters, or losses are missing.
+    """
+    least = len(sources) + 4
+    if len(observations) < least:
+        raise UserError(
+            f"{len(observations)} runs cannot determine a fit with {len(sources)} sources; give at "
+            f"least {least}"
+        )
+    names = list(observations[0].losses)
+    for one in observations:
+        if missing := set(names) - set(one.losses):
+            raise UserError(
+                f"{one.name}: has no final loss of {min(missing)}; evaluate the same sources in "
+                "all runs"
+            )
+    peak = max(float(one.trajectory.learning_rate.max()) for one in observations)
+    length = float(np.median([one.trajectory.tokens.sum() for one in observations]))
+    grid, designs = [], []
+    for span, lasting in product(SPANS, LASTING):
+        rows = [one.trajectory.masses(span * length, lasting, peak) for one in observations]
+        for saturation in SATURATIONS:
+            grid.append((span * length, lasting, saturation * length))
+            designs.append(_design(np.stack(rows), saturation * length))
+    smoothers = np.stack([_leave_one_out(design) for design in designs])
+    targets = {}
+    for name in names:
+        y = np.log([one.losses[name] for one in observations])
+        targets[name] = _fit_target(grid, designs, smoothers @ y, y)
+    return RecencyFit(tuple(sources), peak, targets)
+
+
+def _fit_target(
+    grid: Sequence[tuple[float, float, float]],
+    designs: Sequence[FloatArray],
+    residuals: FloatArray,
+    y: FloatArray,
+) -> TargetFit:
+    """Chooses the nonlinear parameters by leave-one-out error, and estimates the error of that.
+
+    ``residuals`` is float64[grid, runs], the errors of predicting each run from all others.
+    """
+    squares = residuals**2
+    best = int(np.argmin(squares.sum(axis=1)))
+    # Nested: run i is predicted with the parameters that are best for the other runs.
+    chosen = np.argmin(squares.sum(axis=1)[:, None] - squares, axis=0)
+    errors = residuals[chosen, np.arange(len(y))]
+    design = designs[best]
+    covariance = np.asarray(np.linalg.inv(_normal(design)), np.float64)
+    span, lasting, saturation = grid[best]
+    return TargetFit(
+        span=span,
+        lasting=lasting,
+        saturation=saturation,
+        coefficients=covariance @ design.T @ y,
+        covariance=covariance,
+        sigma=float(np.sqrt(np.mean(errors**2))),
+        num_runs=len(y),
+        spread=float(np.std(y)),
+    )
+
+
+def _design(masses: FloatArray, saturation: float) -> FloatArray:
+    """Returns the features of runs, float64[..., 1 + num_sources]."""
+    logs = np.log1p(masses / saturation)
+    return np.concatenate([np.ones_like(logs[..., :1]), logs], axis=-1)
+
+
+def _normal(design: FloatArray) -> FloatArray:
+    """Returns ``X'X`` with a slight ridge on the slopes, for sources that no run varies."""
+    ridge = _RIDGE * len(design) * np.eye(design.shape[1])
+    ridge[0, 0] = 0
+    return np.asarray(design.T @ design + ridge)
+
+
+def _leave_one_out(design: FloatArray) -> FloatArray:
+    """Returns the matrix that maps values to their errors when each is predicted from the others.
+
+    For least squares with hat matrix H, the error of value i is ``(y - H y)_i / (1 - H_ii)``.
+    """
+    hat = design @ np.linalg.solve(_normal(design), design.T)
+    left = np.maximum(1 - np.diag(hat), 1e-6)
+    return np.asarray((np.eye(len(hat)) - hat) / left[:, None])
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A proposed schedule.
+
+    Attributes:
+        positions: float64[num_knots], positions of the knots from 0 to 1.
+        shares: float64[num_knots, num_sources], shares of tokens at the knots, linear between them.
+        trajectory: What it reads.
+        score: Its score, see `RecencyFit.score`.
+    """
+
+    positions: FloatArray
+    shares: FloatArray
+    trajectory: Trajectory
+    score: float
+
+
+def propose_schedule(
+    fit: RecencyFit,
+    goal: Mapping[str, float],
+    learning_rate: FloatArray,
+    num_tokens: float,
+    *,
+    max_tokens: Mapping[str, float] | None = None,
+    num_knots: int = 5,
+    caution: float = 1.0,
+    num_starts: int = 8,
+    seed: int = 1,
+) -> Proposal:
+    """Searches the schedule with the best score, linear between equally spaced knots.
+
+    Args:
+        fit: The fitted model.
+        goal: Weights of the evaluated sources' log losses.
+        learning_rate: float64[num_parts], the learning rate over the run.
+        num_tokens: Tokens of the run.
+        max_tokens: Upper bounds of the tokens of sources.
+        num_knots: Number of knots.
+        caution: Standard deviations of the prediction that are added to it.
+        num_starts: Number of random starts besides the uniform mixture.
+        seed: Seed of the starts.
+
+    Raises:
+        UserError: The goal names a source without a fit, or the bounds leave too few tokens.
+    """
+    for name in goal:
+        if name not in fit.targets:
+            raise UserError(f"goal: {name} was not evaluated; known: {', '.join(fit.targets)}")
+    if not any(goal.values()) or min(goal.values()) < 0:
+        raise UserError("goal: give weights of at least 0, and one above 0")
+    bounds = np.array([(max_tokens or {}).get(name, np.inf) for name in fit.sources])
+    if bounds.sum() < num_tokens:
+        raise UserError(
+            f"the sources have {bounds.sum():.0f} tokens together, fewer than the {num_tokens:.0f} "
+            "of the run; train shorter, or allow more epochs"
+        )
+    num_parts, num_sources = len(learning_rate), len(fit.sources)
+    positions = np.linspace(0, 1, num_knots)
+    middles = (np.arange(num_parts) + 0.5) / num_parts
+    mix = np.stack([np.interp(middles, positions, row) for row in np.eye(num_knots)], axis=1)
+
+    def trajectory(logits: FloatArray) -> tuple[FloatArray, Trajectory]:
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        return shares, Trajectory(learning_rate, mix @ shares * (num_tokens / num_parts))
+
+    def cost(logits: FloatArray) -> float:
+        _, found = trajectory(logits)
+        excess = np.maximum(found.tokens.sum(axis=0) / bounds - 1, 0)
+        return fit.score(found, goal, caution) + 10 * float(excess.sum())
+
+    rng = np.random.default_rng(seed)
+    best, best_cost = np.zeros((num_knots, num_sources)), np.inf
+    for start in range(num_starts + 1):
+        logits = rng.normal(0, 1.5, (num_knots, num_sources)) if start else np.zeros_like(best)
+        found, found_cost = _coordinate_search(cost, logits)
+        if found_cost < best_cost:
+            best, best_cost = found, found_cost
+    shares, result = trajectory(best)
+    return Proposal(positions, shares, result, best_cost)
+
+
+def schedule_block(
+    proposal: Proposal, sources: Sequence[str], num_iterations: int
+) -> dict[str, Any]:
+    """Returns a proposal as a ``data.schedule`` block in iterations, with rounded weights."""
+    knots: list[dict[str, Any]] = []
+    for position, row in zip(proposal.positions, proposal.shares, strict=True):
+        weights = {name: round(float(w), 3) for name, w in zip(sources, row, strict=True)}
+        at = round(float(position) * (num_iterations - 1))
+        knots.append({"at": at, "weights": weights, "ramp": "linear" if knots else "step"})
+    return {"unit": "iterations", "knots": knots}
+
+
+def _coordinate_search(
+    cost: Callable[[FloatArray], float], logits: FloatArray
+) -> tuple[FloatArray, float]:
+    """Minimizes by steps along single coordinates whose length is halved when none helps."""
+    value, step = cost(logits), 2.0
+    while step > 0.02:
+        has_improved = False
+        for index in np.ndindex(*logits.shape):
+            for change in (step, -step):
+                moved = logits.copy()
+                moved[index] = np.clip(moved[index] + change, -6, 6)
+                if (tried := cost(moved)) < value - 1e-9:
+                    logits, value, has_improved = moved, tried, True
+                    break
+        if not has_improved:
+            step /= 2
+    return logits, value
