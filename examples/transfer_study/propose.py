@@ -11,6 +11,7 @@ from examples.transfer_study.prepare import digest_of
 from examples.transfer_study.study import PROPOSED, ModelSize, Results
 from megatron_chatflow.blend.fit import (
     Observation,
+    RunRecord,
     Trajectory,
     fit_recency,
     merge_replicates,
@@ -36,11 +37,8 @@ def observations(analysis: Analysis, model: str) -> list[Observation]:
 
 def trajectory_of(entry: dict[str, Any]) -> Trajectory:
     """Returns what a run read, from its result."""
-    rows = entry["trajectory"]
-    return Trajectory(
-        np.array([row["learning_rate"] for row in rows]),
-        np.array([[row["tokens"].get(name, 0) for name in SOURCES] for row in rows], np.float64),
-    )
+    record = RunRecord("", entry["trajectory"], entry["final"])
+    return record.observation(SOURCES).trajectory
 
 
 def goal_score(analysis: Analysis, cell: Cell) -> float:

@@ -18,15 +18,13 @@ from typing import Any
 
 import yaml
 
+from megatron_chatflow.blend.fit import NUM_PARTS, parts_of_run
 from megatron_chatflow.config import load_config
 from megatron_chatflow.config.shape import flops_per_token
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import write_output_file
 from megatron_chatflow.pretrain import train
 from megatron_chatflow.tokenizer import load_tokenizer
-
-NUM_SEGMENTS = 60
-"""Number of parts of a run whose tokens and learning rates are kept for the fit."""
 
 
 def main() -> None:
@@ -110,34 +108,21 @@ def summarize(entries: list[dict[str, Any]], batch_tokens: int) -> dict[str, Any
         for entry in entries
         if "validation" in entry
     ]
-    iterations = [entry for entry in entries if "lm_loss" in entry]
-    length = max(1, -(-len(iterations) // NUM_SEGMENTS))
-    trajectory = []
-    before: dict[str, int] = {}
-    for start in range(0, len(iterations), length):
-        part = iterations[start : start + length]
-        drawn = {name: one["tokens"] for name, one in part[-1]["sources"].items()}
-        trajectory.append(
-            {
-                "learning_rate": sum(entry["learning_rate"] for entry in part) / len(part),
-                "tokens": {
-                    name: count - before.get(name, 0) for name, count in drawn.items() if count
-                },
-            }
-        )
-        before = drawn
+    last = [entry for entry in entries if "lm_loss" in entry][-1]
     probes = [
         {"tokens": entry["iteration"] * batch_tokens, **entry["probes"]}
         for entry in entries
         if "probes" in entry
     ]
     return {
-        "tokens": iterations[-1]["consumed_tokens"],
-        "tokens_by_source": {name: count for name, count in before.items() if count},
+        "tokens": last["consumed_tokens"],
+        "tokens_by_source": {
+            name: one["tokens"] for name, one in last["sources"].items() if one["tokens"]
+        },
         "final": curve[-1]["bits_per_byte"],
         "curve": curve,
         **({"probe_curve": probes} if probes else {}),
-        "trajectory": trajectory,
+        "trajectory": parts_of_run(entries, NUM_PARTS),
     }
 
 

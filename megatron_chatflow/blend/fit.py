@@ -20,9 +20,11 @@ parameters chosen anew each time). The proposal minimizes the upper end of the p
 an optimizer is drawn to where a model errs.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,9 @@ LASTING = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 """Candidates of f_k; 1 means that the order does not matter."""
 SATURATIONS = tuple(np.geomspace(0.003, 1.0, 9).tolist())
 """Candidates of m_k, relative to the median length of the runs."""
+NUM_PARTS = 60
+"""Number of parts of a run whose tokens and learning rates are kept."""
+METRICS_FILE = "metrics.jsonl"
 _RIDGE = 1e-4
 
 
@@ -82,6 +87,86 @@ class Observation:
     name: str
     trajectory: Trajectory
     losses: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What is read of a finished run.
+
+    Attributes:
+        name: Its folder or name.
+        parts: The mean ``learning_rate`` and the ``tokens`` by source of each part of the run.
+        losses: Final bits per byte of each evaluated source.
+    """
+
+    name: str
+    parts: Sequence[Mapping[str, Any]]
+    losses: Mapping[str, float]
+
+    @property
+    def read(self) -> set[str]:
+        """The sources of which the run has read tokens."""
+        return {name for part in self.parts for name, count in part["tokens"].items() if count}
+
+    def observation(self, sources: Sequence[str]) -> Observation:
+        """Returns the run with its sources in this order."""
+        rates = np.array([part["learning_rate"] for part in self.parts], np.float64)
+        rows = [[part["tokens"].get(name, 0) for name in sources] for part in self.parts]
+        return Observation(self.name, Trajectory(rates, np.array(rows, np.float64)), self.losses)
+
+
+def parts_of_run(entries: Sequence[Mapping[str, Any]], num_parts: int) -> list[dict[str, Any]]:
+    """Summarizes the iterations of ``metrics.jsonl`` in at most ``num_parts`` parts."""
+    iterations = [entry for entry in entries if "lm_loss" in entry]
+    length = max(1, -(-len(iterations) // num_parts))
+    parts = []
+    before: dict[str, int] = {}
+    for start in range(0, len(iterations), length):
+        part = iterations[start : start + length]
+        drawn = {name: one["tokens"] for name, one in part[-1]["sources"].items()}
+        rates = [entry["learning_rate"] for entry in part]
+        tokens = {name: count - before.get(name, 0) for name, count in drawn.items() if count}
+        parts.append({"learning_rate": sum(rates) / len(rates), "tokens": tokens})
+        before = drawn
+    return parts
+
+
+def read_runs(path: Path, model: str | None = None) -> list[RunRecord]:
+    """Reads a run's folder, or the results of ``examples/transfer_study``.
+
+    Args:
+        path: A folder with ``metrics.jsonl``, or a file.
+        model: The model whose results are read; None if there is only one.
+
+    Raises:
+        UserError: There are no such files, they are damaged, or the run has no validation.
+    """
+    file = path / METRICS_FILE if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+        if path.is_dir():
+            entries = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+            parts = parts_of_run(entries, NUM_PARTS)
+            validations = [entry["validation"] for entry in entries if "validation" in entry]
+            if not parts or not validations:
+                raise UserError(f"{file}: has no validation after training; set --eval-interval")
+            losses = {name: float(one["bits_per_byte"]) for name, one in validations[-1].items()}
+            return [RunRecord(str(path), parts, losses)]
+        runs: dict[str, Any] = json.loads(text)["runs"]
+        models = sorted({run["model"] for run in runs.values()})
+        if model not in models and (model is not None or len(models) != 1):
+            raise UserError(f"{file}: name one of its models with --model: {', '.join(models)}")
+        return [
+            RunRecord(name, run["trajectory"], run["final"])
+            for name, run in runs.items()
+            if model in (None, run["model"])
+        ]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: is not of a finished run ({error!r}); give another") from None
 
 
 @dataclass(frozen=True)

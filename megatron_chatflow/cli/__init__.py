@@ -23,6 +23,7 @@ COMMANDS = {
     "merge": ("megatron_chatflow.cli.merge", "merge indexed datasets into one"),
     "inspect": ("megatron_chatflow.cli.inspect", "describe, check and compare indexed datasets"),
     "plan": ("megatron_chatflow.cli.plan", "show the mixture that a schedule will draw"),
+    "fit-schedule": ("megatron_chatflow.cli.fit_schedule", "propose a schedule from short runs"),
     "plan-layout": ("megatron_chatflow.cli.plan_layout", "rank layouts by their predicted speed"),
     "extend-vocab": ("megatron_chatflow.cli.extend_vocab", "add a language to a tokenizer"),
     "convert": ("megatron_chatflow.cli.convert", "export, import, resize or verify checkpoints"),

@@ -18,6 +18,7 @@ TOOL_OF = {
     "merge": "merge_datasets.py",
     "inspect": "inspect_dataset.py",
     "plan": "plan_blend.py",
+    "fit-schedule": "fit_schedule.py",
     "plan-layout": "plan_layout.py",
     "extend-vocab": "extend_vocab.py",
     "convert": "convert_checkpoint.py",

@@ -1,0 +1,181 @@
+"""``chatflow fit-schedule``: proposes a schedule from the results of short runs."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from megatron_chatflow.blend.fit import (
+    FloatArray,
+    RecencyFit,
+    fit_recency,
+    merge_replicates,
+    propose_schedule,
+    read_runs,
+    schedule_block,
+)
+from megatron_chatflow.config import RunConfig, RunLength, load_config
+from megatron_chatflow.config.fields import parse_count
+from megatron_chatflow.config.learning_rate import learning_rates
+from megatron_chatflow.config.yaml_file import dump_yaml
+from megatron_chatflow.errors import ArgumentParser, UserError
+from megatron_chatflow.files import check_output_file, write_output_file
+from megatron_chatflow.runtime.table import format_table
+
+DESCRIPTION = """Proposes a schedule from the results of short runs.
+
+Fits how their final validation losses depend on what each run read, when, and at which learning
+rate, and searches the schedule of another run that is predicted to be best.
+
+The runs should differ in their schedules and have the model, the start and the validation data in
+common; a dozen short runs with random knots are enough for four sources. The length, the learning
+rate and the sources of the proposal are those of --config, whose schedule does not matter. Prints
+the predicted losses with intervals of two standard deviations, beside the error of predicting each
+run from all others.
+"""
+EXAMPLES = """examples:
+  %(prog)s runs/random_* --config run.yaml --goal chinese=2 english=1 --output schedule.yaml
+  %(prog)s runs/random_* --config run.yaml --goal chinese=1 --max-tokens instruction=5M
+  %(prog)s examples/transfer_study/results.json --model small --config run.yaml --goal chinese=1
+"""
+_NUM_PARTS = 60
+_LEARNING_RATES = 100_000
+
+
+def main() -> None:
+    """Fits the runs, prints the proposal and writes it."""
+    args = _parse()
+    if args.output:
+        check_output_file(args.output)
+    goal = _numbers(args.goal, "--goal", float)
+    bounds = _numbers(args.max_tokens, "--max-tokens", _count)
+    config = load_config(args.config)
+    known = tuple(config.data.sources)
+    runs = [run for path in args.runs for run in read_runs(path, args.model)]
+    read = {name for run in runs for name in run.read}
+    sources = tuple(name for name in known if name in read)
+    if unknown := (read - set(known)) | (set(bounds) - set(sources)):
+        raise UserError(
+            f"{args.config}: the source {min(unknown)} is not one that both the configuration and "
+            "the runs have; use the configuration of the runs"
+        )
+    fit = fit_recency(merge_replicates([run.observation(sources) for run in runs]), sources)
+    length = RunLength.of(config)
+    num_tokens = float(length.num_samples * config.data.seq_length)
+    rates = mean_learning_rates(config, length)
+    proposal = propose_schedule(
+        fit, goal, rates, num_tokens, max_tokens=bounds, caution=args.caution, num_knots=args.knots
+    )
+    block = schedule_block(proposal, sources, length.last_iteration)
+    predicted = fit.predict(proposal.trajectory)
+    print(f"{len(runs)} runs; losses are bits per byte of the validation")
+    print(format_table(_rows(fit, predicted, goal)))
+    ratio = float(rates.max()) / fit.peak
+    if not 0.8 < ratio < 1.25:
+        print(
+            f"note: the highest learning rate is {ratio:.3g} times that of the runs, so the "
+            "prediction extrapolates"
+        )
+    shares = proposal.trajectory.tokens.sum(axis=0) / num_tokens
+    print("tokens: " + ", ".join(f"{n} {s:.1%}" for n, s in zip(sources, shares, strict=True)))
+    text = dump_yaml({"data": {"schedule": block}})
+    if args.output:
+        write_output_file(args.output, text)
+        print(f"{args.output}: the schedule; put it into {args.config}")
+    else:
+        print(text, end="")
+
+
+def _parse() -> argparse.Namespace:
+    parser = ArgumentParser(DESCRIPTION, EXAMPLES)
+    add = parser.add_argument
+    add(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="folder of a finished run, or results.json of examples/transfer_study",
+    )
+    add("--config", type=Path, required=True, metavar="YAML", help="the run to propose one for")
+    add(
+        "--goal",
+        nargs="+",
+        required=True,
+        metavar="SOURCE=WEIGHT",
+        help="weights of the logarithms of validation losses, whose mean is minimized",
+    )
+    add(
+        "--max-tokens",
+        nargs="+",
+        default=[],
+        metavar="SOURCE=TOKENS",
+        help="how many tokens of a source may be drawn; default: any number",
+    )
+    add("--model", metavar="NAME", help="the model whose results are used, of results.json")
+    add("--knots", type=int, default=5, help="number of knots; default: %(default)s")
+    add(
+        "--caution",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="standard deviations added to a prediction; default: %(default)s",
+    )
+    add("--output", type=Path, metavar="YAML", help="file for the schedule; default: print it")
+    args = parser.parse_args()
+    if args.knots < 2:
+        raise UserError(f"--knots: must be at least 2, not {args.knots}")
+    if not 0 <= args.caution < 100:
+        raise UserError(f"--caution: must be from 0 to 100, not {args.caution:g}")
+    return args
+
+
+def mean_learning_rates(config: RunConfig, length: RunLength) -> FloatArray:
+    """Returns the mean learning rate of equal parts of a run, float64[num_parts]."""
+    last = length.last_iteration
+    num_parts = min(_NUM_PARTS, last)
+    # In a longer run, the rate of some iterations stands for those between them.
+    iterations = np.unique(np.linspace(0, last - 1, min(last, _LEARNING_RATES)).astype(np.int64))
+    places = (
+        length.batch_sizes.samples_after(0, iterations) if length.counts_samples else iterations
+    )
+    rates = learning_rates(config.optimizer, length, places - length.lr_start)
+    parts = np.array_split(rates, num_parts)
+    return np.array([part.mean() for part in parts])
+
+
+def _numbers(texts: list[str], flag: str, convert: Callable[[str], float]) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            if not name or not equals:
+                raise ValueError
+            found[name] = convert(value)
+        except ValueError:
+            raise UserError(f"{flag}: {text!r} is not SOURCE=NUMBER") from None
+        if not 0 <= found[name] < float("inf"):
+            raise UserError(f"{flag}: {text!r} must have a number of at least 0")
+    return found
+
+
+def _count(text: str) -> float:
+    return float(text if text.isdecimal() else parse_count(text))
+
+
+def _rows(
+    fit: RecencyFit, predicted: Mapping[str, tuple[float, float, float]], goal: Mapping[str, float]
+) -> list[dict[str, str | float | int | None]]:
+    return [
+        {
+            "source": name,
+            "goal": goal.get(name, 0.0),
+            "predicted": f"{value:.4f}",
+            "interval": f"{low:.4f} to {high:.4f}",
+            "error of one run": f"{100 * fit.targets[name].sigma:.2f} %",
+            "spread of runs": f"{100 * fit.targets[name].spread:.2f} %",
+            "forgotten over": f"{fit.targets[name].span:,.0f} tokens",
+            "lasting part": f"{fit.targets[name].lasting:.0%}",
+        }
+        for name, (value, low, high) in predicted.items()
+    ]
