@@ -14,6 +14,7 @@ from megatron_chatflow.simulate.shim import library_path
 WORKER = Path(__file__).with_name("gpu_tests_worker.py")
 # These compute everything, and end where they compare numbers that nothing has computed.
 COMPARED = {
+    "test_a_window_hides_what_lies_before_it",
     "test_equals_fp32",
     "test_fewer_queries_than_keys_equal_fp32",
     "test_linear_cross_entropy",
