@@ -146,7 +146,7 @@ def list_runs(runs: Sequence[Run], study: Study, results: Results) -> list[str]:
             facts = Prepared(
                 entry["corpus"], results.foundations.get(run.model, {}).get("digest"), Path()
             )
-            is_done = results.has(run, facts.digest(make_config(run, study), study.probes))
+            is_done = results.has(run, facts.digest(make_config(run, study)))
         budget = run_budget(run, model)
         tokens = budget.num_samples * 512
         measured = [one for one in results.entries.values() if one["model"] == run.model]

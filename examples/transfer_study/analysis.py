@@ -191,6 +191,8 @@ def values_of(entry: Entry) -> dict[str, float]:
     values = dict(entry["final"])
     for probe, found in entry.get("probes", {}).items():
         for name, value in found.items():
+            if name.endswith("_stderr") or name.startswith("num_"):
+                continue
             if isinstance(value, int | float) and math.isfinite(value):
                 values[f"{probe}: {name}"] = value
     return values

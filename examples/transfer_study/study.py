@@ -102,7 +102,7 @@ class Study:
     Attributes:
         folder: Where runs are trained.
         models: The models, in the order in which they are trained.
-        probes: Probes of ``tools/evaluate.py`` that every trained model is evaluated with.
+        probes: Values of ``train.eval_probes``, evaluated before and after every run.
     """
 
     folder: Path
@@ -239,7 +239,7 @@ def make_config(
     elif run.arm != PROPOSED:
         schedule = make_schedule(run.arm, budget, has_tail=run.has_tail)
     assert schedule is not None, "a proposed run has one"
-    config = _recipe(model)
+    config = _recipe(model, budget.iterations)
     config["data"] |= {"sources": model.tokens.sources(), "schedule": dict(schedule)}
     config["optimizer"] |= DESCRIPTION["learning_rates"][run.learning_rate]
     if config["optimizer"]["lr_decay_style"] == "WSD":
@@ -251,12 +251,17 @@ def make_config(
         "eval_interval": interval,
         "eval_iters": 1000,  # all held-out text
     }
+    if study.probes:
+        config["train"] |= {
+            "eval_probes": list(study.probes),
+            "probe_interval": budget.iterations,
+        }
     return config
 
 
 def foundation_config(model: ModelSize) -> dict[str, Any]:
     """Returns the configuration of a model's foundation, which is trained on English alone."""
-    config = _recipe(model)
+    config = _recipe(model, model.foundation_iterations)
     config["data"] |= {
         "sources": model.tokens.sources(),
         "schedule": {"knots": [{"at": 0, "weights": {"english": 1}}]},
@@ -272,11 +277,11 @@ def foundation_config(model: ModelSize) -> dict[str, Any]:
     return config
 
 
-def _recipe(model: ModelSize) -> dict[str, Any]:
+def _recipe(model: ModelSize, iterations: int) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((HERE / f"{model.name}.yaml").read_text("utf-8"))
     config["train"]["global_batch_size"] = model.budget.samples_per_iteration
     # A short run does not consist of its warmup.
-    warmup = min(config["optimizer"]["lr_warmup_iters"], model.budget.iterations // 8)
+    warmup = min(config["optimizer"]["lr_warmup_iters"], iterations // 8)
     config["optimizer"]["lr_warmup_iters"] = warmup
     return config
 
@@ -346,16 +351,9 @@ class Prepared:
     foundation: str
     checkpoint: Path
 
-    def digest(self, config: Mapping[str, Any], probes: Sequence[str]) -> str:
+    def digest(self, config: Mapping[str, Any]) -> str:
         """Returns a digest of everything that determines the result of a run."""
-        return digest_of(
-            {
-                "config": config,
-                "corpus": self.corpus,
-                "foundation": self.foundation,
-                "probes": sorted(probes),
-            }
-        )
+        return digest_of({"config": config, "corpus": self.corpus, "foundation": self.foundation})
 
 
 class Workers:
@@ -488,7 +486,6 @@ def make_job(
     digest: str,
     config: Mapping[str, Any],
     start: Mapping[str, Any],
-    probes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the message for a worker, and empties a folder that belongs to another digest.
 
@@ -497,7 +494,6 @@ def make_job(
         digest: Digest of what determines the run.
         config: The configuration without ``checkpoint``.
         start: Further keys of ``checkpoint``: the initial weights.
-        probes: Probes that the trained model is evaluated with.
     """
     mark = folder / "digest.txt"
     if folder.exists() and not (mark.exists() and mark.read_text(encoding="utf-8") == digest):
@@ -510,7 +506,6 @@ def make_job(
         "folder": str(folder),
         "log": str(folder / "log.txt"),
         "config": {**config, "checkpoint": checkpoint},
-        "probes": list(probes),
     }
 
 
@@ -522,11 +517,11 @@ def delete_checkpoints(folder: Path) -> None:
 
 
 def remaining(
-    runs: Iterable[tuple[Run, dict[str, Any]]], study: Study, prepared: Prepared, results: Results
+    runs: Iterable[tuple[Run, dict[str, Any]]], prepared: Prepared, results: Results
 ) -> Iterator[tuple[Run, dict[str, Any], str]]:
     """Yields the runs that have no result with the same digest, with configuration and digest."""
     for run, config in runs:
-        digest = prepared.digest(config, study.probes)
+        digest = prepared.digest(config)
         if results.has(run, digest):
             print(f"{run.key}: done, skipped", flush=True)
         else:
@@ -547,14 +542,14 @@ def train_all(
     Raises:
         UserError: A run failed.
     """
-    missing = list(remaining(runs, study, prepared, results))
+    missing = list(remaining(runs, prepared, results))
     failures = []
     pool = ThreadPoolExecutor(workers.num_workers)
     try:
         futures = {}
         for run, config, digest in missing:
             start = {"pretrained_checkpoint": str(prepared.checkpoint)}
-            job = make_job(study.folder / run.key, digest, config, start, study.probes)
+            job = make_job(study.folder / run.key, digest, config, start)
             futures[pool.submit(workers.train, job)] = run, config, digest
         begin = time.monotonic()
         for number, future in enumerate(as_completed(futures), 1):

@@ -84,7 +84,6 @@ def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
     assert config.train.train_iters is not None
     if result["curve"][-1]["tokens"] != config.train.train_iters * batch_tokens:
         raise UserError(f"{folder}: the training was stopped; run the study again")
-    result["probes"] = {name: run_probe(name, run, folder) for name in job["probes"]}
     flops = flops_per_token(config.model, tokenizer.vocab_size, config.data.seq_length)
     result["flops"] = int(flops) * result["tokens"]
     result["core_seconds"] = round(time.process_time() - begin, 1)
@@ -110,7 +109,7 @@ def summarize(entries: list[dict[str, Any]], batch_tokens: int) -> dict[str, Any
     ]
     last = [entry for entry in entries if "lm_loss" in entry][-1]
     probes = [
-        {"tokens": entry["iteration"] * batch_tokens, **entry["probes"]}
+        {"tokens": entry["iteration"] * batch_tokens, "results": entry["probes"]}
         for entry in entries
         if "probes" in entry
     ]
@@ -121,25 +120,9 @@ def summarize(entries: list[dict[str, Any]], batch_tokens: int) -> dict[str, Any
         },
         "final": curve[-1]["bits_per_byte"],
         "curve": curve,
-        **({"probe_curve": probes} if probes else {}),
+        **({"probes": probes[-1]["results"], "probe_curve": probes} if probes else {}),
         "trajectory": parts_of_run(entries, NUM_PARTS),
     }
-
-
-def run_probe(name: str, run: Path, folder: Path) -> dict[str, Any]:
-    """Runs a probe of ``tools/evaluate.py`` on the last checkpoint, in this process."""
-    from megatron_chatflow.cli import evaluate
-
-    output = folder / f"probe_{name}.json"
-    arguments = sys.argv
-    sys.argv = ["evaluate.py", str(run), "--probe", name, "--output", str(output)]
-    try:
-        evaluate.main()
-    finally:
-        sys.argv = arguments
-    ((result,),) = [json.loads(output.read_text(encoding="utf-8"))]
-    found: dict[str, Any] = result["probes"][name]
-    return found
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tiny_run import train_tokenizer
 
 from examples.transfer_study import __main__ as command
 from examples.transfer_study import prepare, report, study
-from examples.transfer_study.analysis import Analysis, Cell, first_crossing, paired
+from examples.transfer_study.analysis import Analysis, Cell, first_crossing, paired, values_of
 from examples.transfer_study.arms import (
     ARMS,
     EQUAL_ARMS,
@@ -126,16 +126,16 @@ def test_a_digest_covers_what_determines_a_run() -> None:
     run = Run("small", "dynamic", "wsd", False, 1)
     config = make_config(run, FULL)
     facts = Prepared("corpus", "foundation", Path("a"))
-    digest = facts.digest(config, ())
-    assert digest == replace(facts, checkpoint=Path("b")).digest(make_config(run, FULL), ())
+    digest = facts.digest(config)
+    assert digest == replace(facts, checkpoint=Path("b")).digest(make_config(run, FULL))
     others = [
-        replace(facts, corpus="x").digest(config, ()),
-        replace(facts, foundation="x").digest(config, ()),
-        facts.digest(config, ("copy",)),
-        facts.digest(make_config(replace(run, seed=2), FULL), ()),
-        facts.digest(make_config(replace(run, arm="static"), FULL), ()),
-        facts.digest(make_config(replace(run, has_tail=True), FULL), ()),
-        facts.digest(make_config(replace(run, learning_rate="cosine"), FULL), ()),
+        replace(facts, corpus="x").digest(config),
+        replace(facts, foundation="x").digest(config),
+        facts.digest(make_config(run, replace(FULL, probes=("copy",)))),
+        facts.digest(make_config(replace(run, seed=2), FULL)),
+        facts.digest(make_config(replace(run, arm="static"), FULL)),
+        facts.digest(make_config(replace(run, has_tail=True), FULL)),
+        facts.digest(make_config(replace(run, learning_rate="cosine"), FULL)),
     ]
     assert len({digest, *others}) == len(others) + 1
 
@@ -155,7 +155,7 @@ def scripted(run: Run, values: dict[str, float]) -> dict[str, Any]:
     rows = [schedule.weights(at) / 2**32 * tokens / len(parts) for at in parts]
     return {
         **vars(run),
-        "digest": Prepared("c", "f", Path()).digest(make_config(run, FULL, block), ()),
+        "digest": Prepared("c", "f", Path()).digest(make_config(run, FULL, block)),
         "corpus": "c",
         "foundation": "f",
         "schedule": block,
@@ -382,7 +382,11 @@ def test_a_summary_has_the_curve_and_the_tokens_by_learning_rate() -> None:
         return {"iteration": n, "validation": {"a": {"loss": 1, "bits_per_byte": value}}}
 
     entries = [validation(0, 3.0), *map(iteration, range(1, 121)), validation(120, 2.0)]
+    numbers = [{"gain": k, "gain_stderr": 1.0, "num_texts": 5} for k in (1.5, 0.5)]
+    entries += [{"iteration": 120 * k, "probes": {"copy": numbers[k]}} for k in (0, 1)]
     found = summarize(entries, 10)
+    assert values_of(found) == {"a": 2.0, "copy: gain": 0.5}
+    assert found["probe_curve"][0]["results"]["copy"]["gain"] == 1.5
     assert found["curve"][0] == {"tokens": 0, "bits_per_byte": {"a": 3.0}}
     assert found["final"] == {"a": 2.0} and found["tokens"] == 1200
     assert found["trajectory"][1] == {"learning_rate": 3.5, "tokens": {"a": 20}}
