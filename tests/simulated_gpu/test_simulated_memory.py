@@ -9,24 +9,25 @@ from megatron_chatflow.config.memory import estimate_memory
 from megatron_chatflow.simulate.run import rank_classes
 
 TOLERANCE = 0.08
-VOCAB_SIZE = 32_000
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of the LLaMA-2 page.
+    """A layout of an example's page.
 
     Attributes:
         file: Its configuration.
         world_size: Number of GPUs.
         flags: Further flags of the page.
         small: Flags for a model of the same widths with fewer layers.
+        vocab_size: Rows of the embedding.
     """
 
     file: str
     world_size: int
     flags: str = ""
     small: str = "--num-layers 4"
+    vocab_size: int = 32_000
 
 
 CHUNKS = "--num-layers 16"  # two chunks of two layers in each of four stages
@@ -38,6 +39,16 @@ LAYOUTS = [
     Layout("70b.yaml", 32, "--pipeline-model-parallel-size 8", "--num-layers 32"),
     Layout("7b.yaml", 32, "--context-parallel-size 2"),
     Layout("7b.yaml", 8, "--recompute-granularity selective --recompute-modules mlp"),
+    Layout("../qwen_zh_to_X/qwen3_8b.yaml", 8, vocab_size=151_936),
+    *(
+        Layout(file, world_size, f"--preset {preset} --vocab-size {rows}", small, rows)
+        for file, world_size, preset, rows, small in (
+            ("7b.yaml", 8, "mistral-7b-v0.1", 32_000, "--num-layers 4"),
+            ("7b.yaml", 64, "qwen2.5-7b", 152_064, "--num-layers 4"),
+            ("70b.yaml", 64, "qwen2.5-72b", 152_064, CHUNKS),
+            ("70b.yaml", 64, "qwen3-32b", 151_936, CHUNKS),
+        )
+    ),
 ]
 
 
@@ -49,7 +60,7 @@ def compare(simulator: Simulator, layout: Layout, *flags: str) -> None:
         simulator.observe(config, world_size=layout.world_size, rank=rank).peak_bytes
         for rank in {stages[0], stages[-1]}
     ]
-    estimate = estimate_memory(config, VOCAB_SIZE, layout.world_size).total
+    estimate = estimate_memory(config, layout.vocab_size, layout.world_size).total
     print(f"{layout}: {estimate / max(peaks) - 1:+.1%}")
     assert estimate == pytest.approx(max(peaks), rel=TOLERANCE)
 
