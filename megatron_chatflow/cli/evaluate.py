@@ -1,4 +1,4 @@
-"""``chatflow evaluate``: evaluates a model on text, multiple-choice questions and lm-eval tasks."""
+"""``chatflow evaluate``: evaluates a model on text, questions, probes and lm-eval tasks."""
 
 import argparse
 import logging
@@ -13,6 +13,7 @@ from megatron_chatflow.evaluation.evaluate import (
     format_results,
     to_json,
 )
+from megatron_chatflow.evaluation.probes import PROBES, parse_probes
 from megatron_chatflow.evaluation.tasks import TaskSettings, parse_task_names
 from megatron_chatflow.evaluation.text import TextSource
 from megatron_chatflow.files import check_output_file, write_output_file
@@ -23,6 +24,8 @@ EXAMPLES = """examples:
   %(prog)s exports/zh --baseline Llama-2-7b-hf --source zh=zh.valid.jsonl \\
       --source pairs:pairs=pairs.valid.jsonl --source chat:chat=chat.valid.jsonl
   %(prog)s runs/zh --choice questions.jsonl --num-fewshot 5 --output results.json
+  %(prog)s exports/zh --probe copy,length=32 --probe fewshot:zh.instructions.jsonl \\
+      --probe translation:pairs.valid.jsonl --probe pairs:minimal_pairs.jsonl
   %(prog)s exports/zh --tasks mmlu,ceval-valid,cmmlu,gaokao
 """
 
@@ -32,8 +35,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = _parse()
     settings = _settings(args)
-    if not (settings.sources or settings.questions or settings.tasks):
-        raise UserError("nothing to evaluate; set --source, --choice or --tasks")
+    if not (settings.sources or settings.questions or settings.probes or settings.tasks):
+        raise UserError("nothing to evaluate; set --source, --choice, --probe or --tasks")
     if args.output:
         check_output_file(args.output)
     if args.template and args.chat_template:
@@ -99,6 +102,13 @@ def _parse() -> argparse.Namespace:
         help="language of the prompts; default: %(default)s",
     )
     add(
+        "--probe",
+        action="append",
+        default=[],
+        metavar="NAME[,KEY=VALUE...][:FILE]",
+        help=f"probe of transfer between languages (repeatable); NAME is {', '.join(PROBES)}",
+    )
+    add(
         "--tasks",
         type=parse_task_names,
         default=(),
@@ -122,6 +132,7 @@ def _settings(args: argparse.Namespace) -> EvaluationSettings:
         questions={path.name.split(".")[0]: path for path in args.choice},
         choice=ChoiceSettings(args.scoring, shots or 0, args.language),
         few_shot_file=args.few_shot_file,
+        probes=tuple(parse_probes(args.probe, "--probe")),
         tasks=tasks if args.tasks else None,
         max_documents=args.max_documents,
         max_length=args.max_length,

@@ -532,6 +532,11 @@ class TrainConfig:
     (continuation)"""
     choice_language: Literal["en", "zh"] = "en"
     """language of the prompt around choice_questions"""
+    eval_probes: tuple[Name, ...] = ()
+    """probes of transfer to evaluate during training, NAME[,KEY=VALUE...][:FILE] each, where NAME
+    is copy, fewshot, translation or pairs"""
+    probe_interval: PositiveCount | None = None
+    """number of iterations between evaluations of eval_probes"""
     exit_interval: PositiveCount | None = None
     """save a checkpoint and exit at every multiple of this iteration; never when unset"""
     exit_duration_in_mins: Size | None = None

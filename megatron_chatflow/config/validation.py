@@ -553,6 +553,11 @@ def _check_combinations(config: "RunConfig") -> None:
             "train.choice_questions and train.choice_interval: one is set and the other is not; "
             "set both, or neither"
         )
+    if bool(train.eval_probes) != (train.probe_interval is not None):
+        raise UserError(
+            "train.eval_probes and train.probe_interval: one is set and the other is not; set "
+            "both, or neither"
+        )
     if logging.profile and logging.profile_step_start >= logging.profile_step_end:
         raise UserError(
             f"logging.profile_step_start: {logging.profile_step_start} is not below "

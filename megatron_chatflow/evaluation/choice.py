@@ -4,28 +4,23 @@
 "Measuring Massive Multitask Language Understanding", 2021). ``continuation`` scoring compares those
 of the whole choices, in total and per byte. `evaluate_choice` evaluates an exported model.
 
-`ChoiceValidator` gives the same accuracies for a model in training, at any parallel layout. Each
-question with one of its choices is a document in a packed micro-batch and a source of its own in
-the sums of the forward pass, so that the negative sum of a choice's losses is its log-probability.
-It draws no random numbers and changes no weights.
+`ChoiceValidator` gives the same accuracies for a model in training, at any parallel layout.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from megatron_chatflow.config.fields import shorten
-from megatron_chatflow.data.loader import MicroBatch
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.models import LanguageModel
-from megatron_chatflow.evaluation.validation import reduce_source_sums, sum_losses
+from megatron_chatflow.evaluation.scoring import PackedRows, ScoredRow
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.tokenizer import Tokenizer
@@ -293,8 +288,7 @@ class ChoiceValidator:
     name: str  # name of the questions in the logs
     questions: Sequence[Question]
     settings: ChoiceSettings
-    batches: Sequence[MicroBatch]  # all micro-batches, in order
-    num_choices: int  # number of choices of all questions
+    packed: PackedRows  # a row for each choice
 
     @classmethod
     def build(
@@ -321,60 +315,25 @@ class ChoiceValidator:
             micro_batch_size: A micro-batch holds this number times ``seq_length`` tokens.
         """
         prefix_ids = [tokenizer.bos_id] if begins_with_bos else []
-        rows: list[tuple[list[int], int]] = []
+        rows: list[ScoredRow] = []
         for number, question in enumerate(questions):
             examples = select_few_shot_examples(questions, number, questions, settings.num_few_shot)
             prompt, answers = encode_question(
                 *(tokenizer, prefix_ids, seq_length, question, examples, settings)
             )
-            rows += [(question_row(prompt, ids, seq_length), len(ids)) for ids in answers]
-        num_tokens = micro_batch_size * seq_length
-        bins: list[list[int]] = []
-        filled = num_tokens
-        for number, (ids, _) in enumerate(rows):
-            if filled + len(ids) - 1 > num_tokens:
-                bins.append([])
-                filled = 0
-            bins[-1].append(number)
-            filled += len(ids) - 1
-        batches = [_pack(rows, held, num_tokens, tokenizer.eos_id) for held in bins]
-        return cls(name, questions, settings, batches, len(rows))
+            for answer in answers:
+                row = question_row(prompt, answer, seq_length)
+                rows.append(ScoredRow(row, [(len(row) - len(answer), len(row))]))
+        packed = PackedRows.build(
+            rows,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            fill_id=tokenizer.eos_id,
+        )
+        return cls(name, questions, settings, packed)
 
     def run(self, forward_step: ForwardStep, chunks: list[Any], ranks: Ranks) -> dict[str, Any]:
         """Evaluates all questions; every rank calls it and receives the same result."""
-        mine = self.batches[ranks.data_parallel_rank :: ranks.data_parallel_size]
-        # Here the source of a token is its choice.
-        step = replace(forward_step, num_sources=self.num_choices, objective=None)
-        sums = sum_losses(mine, step, chunks, ranks)
-        log_probs = iter((-reduce_source_sums(sums, ranks)[:, 0]).tolist())
+        log_probs = iter(self.packed.log_probs(forward_step, chunks, ranks).tolist())
         scores = [[next(log_probs) for _ in question.choices] for question in self.questions]
         return summarize_choice(self.questions, scores, self.settings)
-
-
-def _pack(
-    rows: Sequence[tuple[list[int], int]], held: Sequence[int], num_tokens: int, fill: int
-) -> MicroBatch:
-    """Packs documents into a micro-batch; the remaining tokens are a document without loss."""
-    tokens = torch.full((1, num_tokens), fill, dtype=torch.int64)
-    labels = torch.full_like(tokens, fill)
-    loss_mask = torch.zeros(1, num_tokens)
-    source = torch.zeros_like(tokens)
-    bounds = [0]
-    for number in held:
-        ids, num_answer = rows[number]
-        begin, end = bounds[-1], bounds[-1] + len(ids) - 1
-        tokens[0, begin:end] = torch.tensor(ids[:-1])
-        labels[0, begin:end] = torch.tensor(ids[1:])
-        loss_mask[0, end - num_answer : end] = 1.0
-        source[0, begin:end] = number
-        bounds.append(end)
-    if bounds[-1] < num_tokens:
-        bounds.append(num_tokens)
-    return MicroBatch(
-        tokens=tokens,
-        labels=labels,
-        loss_mask=loss_mask,
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        source=source,
-        sample_index=torch.zeros(1, dtype=torch.int64),
-    )

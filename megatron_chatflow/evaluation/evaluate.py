@@ -1,4 +1,4 @@
-"""Evaluates models on text, multiple-choice questions and lm-eval tasks, and compares the results.
+"""Evaluates models on text, questions, probes and lm-eval tasks, and compares the results.
 
 Models are Hugging Face folders or training checkpoints.
 """
@@ -16,6 +16,7 @@ from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.choice import ChoiceSettings, evaluate_choice, read_questions
 from megatron_chatflow.evaluation.models import LanguageModel
+from megatron_chatflow.evaluation.probes import Probe, evaluate_probe, headline_numbers
 from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks, headline_metric
 from megatron_chatflow.evaluation.text import DEFAULT_TEMPLATE, TextSource, evaluate_text
 from megatron_chatflow.runtime.table import align
@@ -32,6 +33,7 @@ class EvaluationSettings:
     questions: Mapping[str, Path] = field(default_factory=dict)
     choice: ChoiceSettings = ChoiceSettings()  # prompt and scoring of the questions
     few_shot_file: Path | None = None  # file of solved examples; None uses the questions' own file
+    probes: tuple[Probe, ...] = ()  # probes of transfer
     tasks: TaskSettings | None = None  # lm-eval tasks; None for none
     max_documents: int | None = None  # maximum number of documents per source; None for all
     # maximum number of tokens read at once; None for the model's maximum
@@ -64,8 +66,8 @@ def evaluate(
         on_open: Receives a line about the model's BOS token and chat template.
 
     Returns:
-        ``model``, ``tokenizer``, ``begins_with``, ``chat_template``, ``sources``, ``choice``, and
-        ``tasks`` if requested.
+        ``model``, ``tokenizer``, ``begins_with``, ``chat_template``, ``sources``, ``choice``,
+        ``probes``, and ``tasks`` if requested.
 
     Raises:
         UserError: The model or an input does not exist or is invalid.
@@ -84,6 +86,9 @@ def evaluate(
         results["choice"] = {
             name: evaluate_choice(language_model, asked, settings.choice, pool)
             for name, asked in questions.items()
+        }
+        results["probes"] = {
+            probe.label: evaluate_probe(language_model, probe) for probe in settings.probes
         }
         if settings.tasks is not None:
             results["tasks"] = evaluate_tasks(language_model, settings.tasks)
@@ -119,11 +124,14 @@ def format_results(results: Sequence[Mapping[str, Any]]) -> str:
     """Formats return values of `evaluate` with the same settings side by side.
 
     With two models, the last column is the relative change against the first, except for losses per
-    token if the tokens differ.
+    token if the tokens differ. Numbers of probes have their standard errors, and their change is
+    the difference.
     """
     columns = [_finite(_figures(result)) for result in results]
+    errors = [_probe_numbers(result, "_stderr") for result in results]
     labels = list(dict.fromkeys(label for column in columns for label in column))
     incomparable = _incomparable(results)
+    probed = {label for result in results for label in _probe_numbers(result)}
     heads = ["", *(Path(str(result["model"])).name for result in results)]
     if len(results) == 2:
         heads.append("change")
@@ -131,9 +139,14 @@ def format_results(results: Sequence[Mapping[str, Any]]) -> str:
     for label in labels:
         values = [column.get(label) for column in columns]
         line = [label, *("-" if value is None else f"{value:.4f}" for value in values)]
+        for column, error in enumerate(errors, start=1):
+            if label in error:
+                line[column] += f" ± {error[label]:.4f}"
         if len(values) == 2:
             first, second = values
-            if first and second and label not in incomparable:
+            if label in probed and first is not None and second is not None:
+                line.append(f"{second - first:+.4f}")
+            elif first and second and label not in incomparable:
                 line.append(f"{100 * (second / first - 1):+.1f}%")
             else:
                 line.append("-")
@@ -169,8 +182,19 @@ def _figures(result: Mapping[str, Any]) -> dict[str, float]:
         for field_name in ("accuracy", "accuracy_per_byte"):
             if field_name in values:
                 figures[f"{name} {field_name}"] = values[field_name]
+    figures |= _probe_numbers(result)
     for name, values in result.get("tasks", {}).items():
         shown = headline_metric(values)
         if shown is not None:
             figures[f"{name} {shown[0]}"] = shown[1]
     return figures
+
+
+def _probe_numbers(result: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
+    """Returns the numbers of all probes, or those with a suffix such as ``_stderr``, by label."""
+    return {
+        f"{label} {name}": values[f"{name}{suffix}"]
+        for label, values in result.get("probes", {}).items()
+        for name in headline_numbers(values)
+        if f"{name}{suffix}" in values
+    }

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_chatflow.report.data import (
     ITERATION,
     PLANNED_CAUSES,
+    PROBE_SEPARATOR,
     SAMPLES,
     BySource,
     FloatArray,
@@ -54,6 +55,9 @@ MAX_MARKS = 40
 MAX_COLORED_SOURCES = 12
 MAX_COMPARED_SOURCES = 8
 MAX_LAYERS = 12
+MAX_PROBE_CHARTS = 24
+# Ends of the names of a probe's numbers.
+PROBE_UNITS = ("bits_per_token", "bits_per_byte", "bits_per_pair", "accuracy", "bits")
 OTHERS = "others"
 LOSS, BITS = "Loss (nats per token)", "Bits per byte"
 SMOOTHED = "Bold: moving mean; thin: logged values."
@@ -398,6 +402,27 @@ def validation_charts(run: RunMetrics) -> list[Chart]:
         *line_chart("Validation loss", axis.label, LOSS, loss, marks, f"{held_out}."),
         *line_chart("Validation bits per byte", axis.label, BITS, bits, marks, comparable),
     ]
+
+
+def probe_charts(run: RunMetrics) -> list[Chart]:
+    """Draws the numbers of every probe, those with the same unit in one chart."""
+    axis = XAxis.of(run)
+    x, marks = axis.at(run.probe_iteration), find_marks(run, axis)
+    groups: dict[tuple[str, str], list[tuple[str, FloatArray]]] = {}
+    for key, block in run.probes.items():
+        label, _, name = key.rpartition(PROBE_SEPARATOR)
+        unit = next((unit for unit in PROBE_UNITS if name.endswith(unit)), "")
+        shown = name.removesuffix(unit).replace("_", " ").strip() or label
+        groups.setdefault((label, unit), []).append((shown, block["value"]))
+    charts: list[Chart] = []
+    for (label, unit), curves in list(groups.items())[:MAX_PROBE_CHARTS]:
+        lines = [
+            Line(name, *condense(x, y, "last"), number)
+            for number, (name, y) in enumerate(curves[:MAX_COLORED_SOURCES])
+        ]
+        name = unit.replace("_", " ").capitalize() or "Value"
+        charts += line_chart(f"Probe {label}", axis.label, name, lines, marks, f"{name}.")
+    return charts
 
 
 def optimizer_charts(run: RunMetrics) -> list[Chart]:

@@ -66,6 +66,8 @@ SOURCE_FIELDS = (
 )
 VALIDATION_FIELDS = ("loss", "bits_per_byte")
 LAYER_FIELDS = ("params", "grads")
+PROBE_FIELDS = ("value", "stderr")
+PROBE_SEPARATOR = ": "
 MAX_POINTS = 360
 """Maximum number of points per curve."""
 MAX_CHANGES = 20
@@ -165,9 +167,10 @@ class MetricsReader:
     """Reads a `metrics.jsonl` that may grow, be truncated or be replaced between reads.
 
     ``training`` has a row per logged iteration, ``layers`` one per iteration with norms of layers,
-    and ``validation`` one per validation. ``decisions`` are those of a controller by the number of
-    their horizon. ``repeats`` holds the last iteration logged before each resume, by the iteration
-    that was resumed from.
+    ``validation`` one per validation, and ``probes`` one per evaluation of probes. The sources of
+    the latter are a probe's label and the name of a number, joined by `PROBE_SEPARATOR`.
+    ``decisions`` are those of a controller by the number of their horizon. ``repeats`` holds the
+    last iteration logged before each resume, by the iteration that was resumed from.
     """
 
     def __init__(self, path: Path) -> None:
@@ -178,6 +181,7 @@ class MetricsReader:
         self.training = Records(RUN_FIELDS, "sources", SOURCE_FIELDS)
         self.layers = Records((), "layer_norms", LAYER_FIELDS)
         self.validation = Records((), "validation", VALIDATION_FIELDS)
+        self.probes = Records((), "probes", PROBE_FIELDS)
         self.decisions: dict[int, Decision] = {}
         self.repeats: dict[int, int] = {}
         self._num_unreadable = 0
@@ -214,6 +218,9 @@ class MetricsReader:
         elif "validation" in record:
             self.validation.cut(iteration)
             self.validation.append(record)
+        elif "probes" in record:
+            self.probes.cut(iteration)
+            self.probes.append({"iteration": iteration, "probes": _probe_numbers(record["probes"])})
         elif "decision" in record:
             decision = _parse_decision(record["decision"])
             if decision is not None:
@@ -225,10 +232,22 @@ class MetricsReader:
                 self.repeats = {at: to for at, to in self.repeats.items() if at < iteration - 1}
                 self.repeats[iteration - 1] = reached
                 self.validation.cut(iteration)
+                self.probes.cut(iteration)
                 self.layers.cut(iteration)
             self.training.append(record)
             if isinstance(record.get("layer_norms"), dict):
                 self.layers.append(record)
+
+
+def _probe_numbers(results: Any) -> dict[str, dict[str, Any]]:
+    """Returns the value and the standard error of each number of each probe."""
+    found: dict[str, dict[str, Any]] = {}
+    for label, result in results.items() if isinstance(results, dict) else ():
+        for name, value in result.items() if isinstance(result, dict) else ():
+            if not name.startswith("num_") and not name.endswith("_stderr"):
+                numbers = {"value": value, "stderr": result.get(f"{name}_stderr")}
+                found[f"{label}{PROBE_SEPARATOR}{name}"] = numbers
+    return found
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
@@ -308,6 +327,10 @@ class RunMetrics:
     sources: BySource
     validation_iteration: FloatArray  # float64[m], the iterations with a validation, ascending
     validation: BySource  # float64[m] for each source and each of `VALIDATION_FIELDS`
+    probe_iteration: FloatArray  # float64[p], the iterations with probes, ascending
+    # float64[p] for each number of each probe, as `MetricsReader` names them, and each of
+    # `PROBE_FIELDS`
+    probes: BySource
     layer_iteration: FloatArray  # float64[k], the iterations with norms of layers, ascending
     layers: BySource  # float64[k] for each layer and each of `LAYER_FIELDS`
     decisions: tuple[Decision, ...]  # decisions of a controller, by horizon
@@ -394,6 +417,8 @@ class RunReader:
             sources=training.by_source(),
             validation_iteration=np.array(validation.iteration, dtype=np.float64),
             validation=validation.by_source(),
+            probe_iteration=np.array(metrics.probes.iteration, dtype=np.float64),
+            probes=metrics.probes.by_source(),
             layer_iteration=np.array(metrics.layers.iteration, dtype=np.float64),
             layers=metrics.layers.by_source(),
             decisions=tuple(one for _, one in sorted(metrics.decisions.items())),

@@ -23,6 +23,7 @@ from megatron_chatflow.report.charts import (
     describe_restarts,
     loss_charts,
     optimizer_charts,
+    probe_charts,
     validation_charts,
 )
 from megatron_chatflow.report.data import (
@@ -210,6 +211,7 @@ def _article(run: RunMetrics, name: str, anchor: str, now: datetime) -> str:
         ("Blend", chart_grid(blend_charts(run)) + _sources_table(run)),
         ("Loss", chart_grid(loss_charts(run))),
         ("Validation", _validation_table(run) + chart_grid(validation_charts(run))),
+        ("Probes of transfer", _probe_table(run) + chart_grid(probe_charts(run))),
         ("Optimizer and throughput", chart_grid(optimizer_charts(run))),
         ("Restarts", _restarts_table(run)),
     ]
@@ -359,6 +361,28 @@ def _validation_table(run: RunMetrics) -> str:
         f"Before: iteration {first:,.0f}. After: iteration {last:,.0f}. Loss in nats per token. "
         "Lower is better.",
         ["Source", *heads],
+        rows,
+    )
+
+
+def _probe_table(run: RunMetrics) -> str:
+    """Builds the table of the first and the last value of each probe's numbers."""
+    if not len(run.probe_iteration):
+        return ""
+    rows = []
+    for key, block in run.probes.items():
+        cells = []
+        for at in (0, -1):
+            value, error = float(block["value"][at]), float(block["stderr"][at])
+            cells.append(format_value(value))
+            if np.isfinite(error):
+                cells[-1] += f" ± {format_value(error)}"
+        rows.append([html.escape(key.replace("_", " ")), *cells])
+    first, last = run.probe_iteration[0], run.probe_iteration[-1]
+    return html_table(
+        f"Before: iteration {first:,.0f}. After: iteration {last:,.0f}. With standard errors over "
+        "the texts of a probe.",
+        ["Number", "Before", "After"],
         rows,
     )
 

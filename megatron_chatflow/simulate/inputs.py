@@ -92,6 +92,8 @@ def prepare(config: RunConfig, world_size: int, folder: Path) -> SimulatedInputs
         "eval_iters": min(train.eval_iters, 1),
         "choice_questions": None,
         "choice_interval": None,
+        "eval_probes": [],
+        "probe_interval": None,
     }
     values["checkpoint"] = {"from_scratch": True}
     values["logging"] = {"log_straggler": config.logging.log_straggler}

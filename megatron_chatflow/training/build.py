@@ -21,6 +21,7 @@ from megatron_chatflow.convert.load_huggingface import load_huggingface
 from megatron_chatflow.data.loader import Loader
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.evaluation.choice import ChoiceSettings, ChoiceValidator
+from megatron_chatflow.evaluation.scoring import PackedRows
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import Llama, build_llama
@@ -34,6 +35,7 @@ from megatron_chatflow.runtime.watchdog import Watchdog
 from megatron_chatflow.training.callbacks import Callback
 from megatron_chatflow.training.callbacks.choice import ChoiceEval
 from megatron_chatflow.training.callbacks.cuda_graphs import CudaGraphs
+from megatron_chatflow.training.callbacks.probes import ProbeEval
 from megatron_chatflow.training.callbacks.process import FreedMemory, GarbageCollection, Heartbeat
 from megatron_chatflow.training.callbacks.profiler import ProfilerWindow
 from megatron_chatflow.training.callbacks.straggler import StragglerDetector
@@ -138,6 +140,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
         ProfilerWindow(config, ranks),
         stragglers,
         None if choices is None else ChoiceEval(choices, config.train.choice_interval),
+        _build_probe_eval(config, inputs) if inputs.probes else None,
         GarbageCollection(config.train.manual_gc_interval),
         None if ranks.is_cuda else FreedMemory(),
     ]
@@ -336,6 +339,19 @@ def _build_choice_validator(config: RunConfig, inputs: RunInputs) -> ChoiceValid
         seq_length=config.data.seq_length,
         micro_batch_size=train.micro_batch_size,
     )
+
+
+def _build_probe_eval(config: RunConfig, inputs: RunInputs) -> ProbeEval:
+    packed = [
+        PackedRows.build(
+            probe.rows,
+            seq_length=config.data.seq_length,
+            micro_batch_size=config.train.micro_batch_size,
+            fill_id=inputs.tokenizer.eos_id,
+        )
+        for probe in inputs.probes
+    ]
+    return ProbeEval(inputs.probes, packed, config.train.probe_interval)
 
 
 def _log_implementations(llama: Llama, optimization: Optimization, peak_source: str) -> None:

@@ -25,6 +25,7 @@ from megatron_chatflow.config.memory import (
 from megatron_chatflow.config.shape import flops_per_token, num_parameters, padded_vocab_size
 from megatron_chatflow.data.packing import Packing
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.scoring import PackedRows
 from megatron_chatflow.runtime.table import Row, format_table
 from megatron_chatflow.training.inputs import RunInputs, open_inputs, verify_data
 
@@ -157,6 +158,7 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
         f"{config.data.seq_length:,} tokens; {begin}\n{edit}\n{format_table(sources)}\n\n"
         f"{_describe_blend(config, inputs, verbose=verbose)}"
         f"{_describe_stages(config, inputs)}"
+        f"{_describe_probes(config, inputs)}"
     )
 
 
@@ -195,6 +197,28 @@ def _describe_stages(config: RunConfig, inputs: RunInputs) -> str:
     if not config.train.stages:
         return ""
     return f"\n\nstages of training:\n{format_table(inputs.stages.table(inputs.length))}"
+
+
+def _describe_probes(config: RunConfig, inputs: RunInputs) -> str:
+    """Lists the probes with their share of the training's compute: three passes per token."""
+    if not inputs.probes:
+        return ""
+    interval = config.train.probe_interval or 1
+    data = config.data
+    trained = 3 * interval * config.train.global_batch_size * data.seq_length
+    size = data.seq_length * config.train.micro_batch_size
+    rows: list[Row] = []
+    for probe in inputs.probes:
+        num_read = PackedRows.num_batches(probe.rows, size) * size
+        rows.append(
+            {
+                "probe": probe.label,
+                "sequences": len(probe.rows),
+                "tokens": num_read,
+                "share of compute": f"{100 * num_read / trained:.2g}%",
+            }
+        )
+    return f"\n\nprobes, every {interval:,} iterations:\n{format_table(rows)}"
 
 
 def _describe_objective(inputs: RunInputs, number: int) -> Row:

@@ -42,6 +42,7 @@ from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, writes_bos
 from megatron_chatflow.data.source import Source, build_sources, token_epochs
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.choice import Question, read_questions
+from megatron_chatflow.evaluation.probes import PreparedProbe, parse_probes
 from megatron_chatflow.runtime.ranks import format_ranks, gather_objects
 from megatron_chatflow.runtime.table import Row
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
@@ -80,6 +81,7 @@ class RunInputs:
     length: RunLength  # first and last iteration
     stages: StagePlan  # what is trained from which sample on
     questions: Sequence[Question] = ()  # multiple-choice questions to evaluate during training
+    probes: Sequence[PreparedProbe] = ()  # probes to evaluate during training
     is_huggingface: bool = False  # whether `checkpoint` is a Hugging Face folder
     # growth of the vocabulary when the weights are loaded; None without growth
     grown: GrownVocabulary | None = None
@@ -170,6 +172,11 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
             resumed = saved
     asked = config.train.choice_questions
     questions = [] if asked is None else read_questions(Path(asked))
+    prefix_ids = [tokenizer.bos_id] if state.tokenizer["add_bos_token"] else []
+    probes = [
+        probe.prepare(tokenizer, prefix_ids, config.data.seq_length)
+        for probe in parse_probes(config.train.eval_probes, "train.eval_probes")
+    ]
     blend = _blend(config, sources, resumed, is_grown=grown is not None)
     positions = run_positions(config)
     if resumed is not None:
@@ -236,6 +243,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         length=length,
         stages=stages,
         questions=questions,
+        probes=probes,
         is_huggingface=checkpoint is not None and checkpoint.is_huggingface,
         grown=grown,
         changes=changes,

@@ -8,9 +8,10 @@ hook on all of them in this order:
 3. `profiler.ProfilerWindow` starts and stops a profile.
 4. `straggler.StragglerDetector` times forward and backward passes.
 5. `choice.ChoiceEval` evaluates multiple-choice questions.
-6. `process.GarbageCollection` collects garbage at the same iterations on every rank.
-7. `process.FreedMemory` returns freed memory to the system (CPU only).
-8. On the reporting rank `console.Console`, `metrics_file.MetricsFile`, `scalars.TensorBoard` and
+6. `probes.ProbeEval` evaluates probes of transfer.
+7. `process.GarbageCollection` collects garbage at the same iterations on every rank.
+8. `process.FreedMemory` returns freed memory to the system (CPU only).
+9. On the reporting rank `console.Console`, `metrics_file.MetricsFile`, `scalars.TensorBoard` and
    `scalars.WeightsAndBiases`, each inside an `isolated.IsolatedCallback`, so that an error in one
    of them does not end the run; then `restarts.StatusFile`.
 """
@@ -32,8 +33,8 @@ class Callback:
     """Base class of all callbacks. Every hook does nothing.
 
     The loop calls the hooks up to `on_exit` on every rank, so they may use collectives. Reports
-    exist on the reporting rank only; `on_validation`, `on_decision` and `on_choice` receive the
-    same values on every rank.
+    exist on the reporting rank only; `on_validation`, `on_decision`, `on_choice` and `on_probes`
+    receive the same values on every rank, except for times.
     """
 
     def before_iteration(self, iteration: int) -> None:
@@ -80,6 +81,14 @@ class Callback:
 
     def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Receives the result of `evaluation.choice.summarize_choice` for each question file."""
+
+    def on_probes(
+        self, iteration: int, results: Mapping[str, Mapping[str, float]], seconds: float
+    ) -> None:
+        """Receives each probe's numbers (`evaluation.probes.ProbeResult`) and the time they took.
+
+        The time is this rank's wall time in seconds.
+        """
 
     def on_upload(self, iteration: int, result: Mapping[str, Any]) -> None:
         """Receives the outcome of a checkpoint's upload, some iterations after it was saved."""

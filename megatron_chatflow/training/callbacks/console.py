@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_chatflow.evaluation.probes import headline_numbers
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.runtime.table import (
     align,
@@ -179,6 +180,29 @@ def choice_lines(
     ]
 
 
+def probe_lines(
+    iteration: int,
+    results: Mapping[str, Mapping[str, float]],
+    seconds: float,
+    now: datetime,
+) -> list[str]:
+    """Formats a title and a line for each number of each probe, with its standard error."""
+    took = format_duration(seconds)
+    rows = [
+        [
+            shorten(label, MAX_NAME_WIDTH),
+            shorten(name.replace("_", " "), 2 * MAX_NAME_WIDTH),
+            _loss(value).strip(),
+            _loss(result.get(f"{name}_stderr")).strip(),
+        ]
+        for label, result in results.items()
+        for name, value in headline_numbers(result).items()
+    ]
+    title = f"{_stamp(now)}  probes at iteration {iteration}, in {took}"
+    table = align([["probe", "number", "value", "stderr"], *rows], [True, True, False, False])
+    return [title, *(INDENT + line for line in table)]
+
+
 class Console(Callback):
     """Prints reports, and shows a progress bar on a terminal."""
 
@@ -216,6 +240,12 @@ class Console(Callback):
     def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Prints the lines."""
         self._print(choice_lines(iteration, results, datetime.now()))
+
+    def on_probes(
+        self, iteration: int, results: Mapping[str, Mapping[str, float]], seconds: float
+    ) -> None:
+        """Prints the table."""
+        self._print(probe_lines(iteration, results, seconds, datetime.now()))
 
     def close(self) -> None:
         """Removes the progress bar."""

@@ -45,6 +45,12 @@ class IsolatedCallback(Callback):
         """Forwards the results."""
         self._try(lambda callback: callback.on_choice(iteration, results))
 
+    def on_probes(
+        self, iteration: int, results: Mapping[str, Mapping[str, float]], seconds: float
+    ) -> None:
+        """Forwards the numbers."""
+        self._try(lambda callback: callback.on_probes(iteration, results, seconds))
+
     def on_upload(self, iteration: int, result: Mapping[str, Any]) -> None:
         """Forwards the outcome."""
         self._try(lambda callback: callback.on_upload(iteration, result))

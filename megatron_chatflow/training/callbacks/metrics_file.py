@@ -109,6 +109,16 @@ class MetricsFile(Callback):
         """Appends the results."""
         self._append({"iteration": iteration, "choice": results})
 
+    def on_probes(
+        self, iteration: int, results: Mapping[str, Mapping[str, float]], seconds: float
+    ) -> None:
+        """Appends the numbers and the seconds."""
+        found = {
+            label: {name: finite(value) for name, value in result.items()}
+            for label, result in results.items()
+        }
+        self._append({"iteration": iteration, "probes": found, "probe_seconds": seconds})
+
     def on_upload(self, iteration: int, result: Mapping[str, Any]) -> None:
         """Appends the outcome."""
         self._append({"iteration": iteration, "upload": result})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.config import RunConfig
+from megatron_chatflow.evaluation.probes import headline_numbers
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.files import write_atomically
 from megatron_chatflow.training.callbacks import Callback
@@ -42,6 +43,17 @@ class ScalarLogger(Callback):
                 if result.get(key) is not None:
                     scalars[f"choice {key.replace('_', ' ')}/{name}"] = result[key]
         self.write(scalars, iteration)
+
+    def on_probes(
+        self, iteration: int, results: Mapping[str, Mapping[str, float]], seconds: float
+    ) -> None:
+        """Writes each probe's numbers and their time, without standard errors and counts."""
+        scalars = {
+            f"probe {name.replace('_', ' ')}/{label}": value
+            for label, result in results.items()
+            for name, value in headline_numbers(result).items()
+        }
+        self.write({**scalars, "probe seconds": seconds}, iteration)
 
 
 class TensorBoard(ScalarLogger):

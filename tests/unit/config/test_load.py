@@ -182,7 +182,7 @@ FROZEN_FLAGS = """
 --cuda-graph-warmup-steps --data-retry-seconds --data-verify --ddp-pad-buckets-for-high-nccl-busbw
 --decoupled-lr --decoupled-min-lr --deterministic-mode --disable-symmetric-registration
 --distributed-timeout-minutes --dry-run --ema-decay --embedding-init --end-weight-decay
---eval-interval --eval-iters --exit-duration-in-mins --exit-interval --exp-avg-dtype
+--eval-interval --eval-iters --eval-probes --exit-duration-in-mins --exit-interval --exp-avg-dtype
 --exp-avg-sq-dtype --ffn-hidden-size --fine-grained-activation-offloading --finetune
 --first-last-layers-bf16 --fp4-format --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format
 --fp8-param-gather --fp8-recipe --from-scratch --fused-kernels --global-batch-size --gpu
@@ -210,8 +210,8 @@ FROZEN_FLAGS = """
 --num-prefetch --num-query-groups --num-virtual-stages-per-pipeline-rank --offload-modules
 --old-tokenizer-model --on-nan --optimizer-cpu-offload --optimizer-offload-fraction --output
 --overlap-cpu-optimizer-d2h-h2d --overlap-grad-reduce --overlap-param-gather --pad-attention-heads
---pipeline-model-parallel-size --preset --pretrained-checkpoint --profile --profile-ranks
---profile-step-end --profile-step-start --qk-layernorm --rampup-batch-size --rank
+--pipeline-model-parallel-size --preset --pretrained-checkpoint --probe-interval --profile
+--profile-ranks --profile-step-end --profile-step-start --qk-layernorm --rampup-batch-size --rank
 --recompute-granularity --recompute-method --recompute-modules --recompute-num-layers
 --reuse-grad-buf-for-mxfp8-param-ag --rope-high-freq-factor --rope-low-freq-factor
 --rope-original-max-position-embeddings --rope-scaling-factor --rope-scaling-type --rotary-base

@@ -90,7 +90,7 @@ def test_every_command_begins_a_text_alike(
         seq_length=96,
         micro_batch_size=1,
     )
-    assert validator.batches[0].tokens[0, : len(prompt)].tolist() == prompt
+    assert validator.packed.batches[0].tokens[0, : len(prompt)].tolist() == prompt
     encoded, _ = encode_question(tokenizer, model.prefix_ids, 96, questions[0], [], settings)
     assert encoded == prompt
 
