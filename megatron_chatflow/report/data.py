@@ -219,8 +219,10 @@ class MetricsReader:
             self.validation.cut(iteration)
             self.validation.append(record)
         elif "probes" in record:
+            found = _probe_numbers(record["probes"])
             self.probes.cut(iteration)
-            self.probes.append({"iteration": iteration, "probes": _probe_numbers(record["probes"])})
+            if found:
+                self.probes.append({"iteration": iteration, "probes": found})
         elif "decision" in record:
             decision = _parse_decision(record["decision"])
             if decision is not None:

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from tool_calls import call_tool
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.report.charts import mixture_chart, source_colors
+from megatron_chatflow.report.charts import mixture_chart, probe_charts, source_colors
 from megatron_chatflow.report.data import (
     deviation_from_plan,
     read_run,
@@ -426,6 +426,27 @@ def test_what_schedules_change_is_drawn(tmp_path: Path) -> None:
     assert len(layers) == 12 and {"layers.0", "layers.29"} <= set(layers)
     assert numbers(layers["layers.29"].x).tolist() == [10, 20, 30, 40, 50, 60]
     assert "12 of 30 layers" in page and "Weight norm per layer" in page
+
+
+def test_probes_are_drawn_and_listed(tmp_path: Path) -> None:
+    records = synthetic_records(40)
+    for at in (0, 20, 40):
+        result = {"first_bits_per_token": 9.0, "gain_bits_per_token": at / 10, "num_strings": 3}
+        result["gain_bits_per_token_stderr"] = 0.125
+        found = {"copy": result, "pairs <zh>": {"accuracy": 0.5, "difference_bits": 2.0}}
+        records.append({"iteration": at, "probes": found, "probe_seconds": 1.0})
+    records.append({"iteration": 41, "probes": [], "probe_seconds": None})
+    run = write_run(tmp_path / "run", sorted(records, key=lambda record: record["iteration"]))
+    page = build(run)
+    check_page(page)
+    assert "copy: gain bits per token" in page and "4 ± 0.125" in page
+    assert "num strings" not in page and "pairs &lt;zh&gt;: accuracy" in page
+    metrics = read_run(run)
+    charts = probe_charts(metrics)
+    assert [chart.title for chart in charts] == ["Probe copy", *["Probe pairs <zh>"] * 2]
+    gain = curves(charts[0].figure)["gain"]
+    assert numbers(gain.y)[:3].tolist() == [0.0, 2.0, 4.0]
+    assert metrics.num_unreadable_lines == 0
 
 
 def test_the_rate_that_is_not_every_tensor_s_is_described(tmp_path: Path) -> None:

@@ -71,6 +71,23 @@ def test_an_offloaded_optimizer_needs_host_memory_and_has_no_predicted_speed(mak
     assert offloaded_bytes(make_config(), vocab_size, 1) == 0
 
 
+def test_probes_are_listed_with_their_cost(make_config, tmp_path: Path) -> None:
+    def config(*probes: str) -> Any:
+        return make_config(train__eval_probes=list(probes), train__probe_interval=100)
+
+    text = dry_run(config("copy,length=16,strings=9"))
+    # Nine rows of 31 tokens, two in each sample of 64, so eight in a micro-batch of two are four.
+    assert "probes, every 100 iterations:" in text
+    line = next(line.split() for line in text.splitlines() if line.startswith("copy"))
+    assert line == ["copy", "9", "384", "0.25%"]  # 384 / (3 * 100 * 8 * 64)
+    with pytest.raises(UserError, match="train.eval_probes: pairs: needs a file"):
+        dry_run(config("pairs"))
+    with pytest.raises(UserError, match="copy: 2 occurrences of 64 tokens do not fit into 64"):
+        dry_run(config("copy"))
+    with pytest.raises(UserError, match="train.eval_probes and train.probe_interval: one is set"):
+        make_config(train__eval_probes=["copy"])
+
+
 def test_more_processes_are_more_copies(make_config) -> None:
     text = dry_run(make_config(parallel__tensor_model_parallel_size=2), world_size=8)
     assert "8 processes: 2 per copy of the model, 4 copies" in text

@@ -20,6 +20,7 @@ from megatron_chatflow.training.callbacks.console import (
     Console,
     choice_lines,
     iteration_lines,
+    probe_lines,
     source_lines,
     straggler_lines,
     validation_lines,
@@ -283,6 +284,7 @@ def test_no_line_is_wider_than_the_log(
         *straggler_lines(stragglers),
         *validation_lines(10**7, {name: SourceLoss(1e3 * scale, scale, 10**15)}, NOW),
         *choice_lines(10**7, results, NOW),
+        *probe_lines(10**7, {name: {name: scale, f"{name}_stderr": scale}}, scale, NOW),
     ]
     assert max(map(display_width, lines)) <= MAX_WIDTH
 
