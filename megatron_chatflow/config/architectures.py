@@ -2,9 +2,10 @@
 
 `ARCHITECTURES` is the only place that knows what tells one family of models from another: the
 names that Hugging Face gives it, what its config.json leaves out, and which of megatron-core's
-switches it sets. The tensors that a switch adds are in `convert.weight_map`. A dense decoder with
-RMSNorm, SwiGLU and rotary positions is added by one entry here and one in
-``tools/check_architectures.py``, which compares it with transformers at every layout.
+switches it sets. The tensors that a switch adds are in ``RULES`` and ``axis_size`` of
+`convert.weight_map`. A dense decoder with RMSNorm, SwiGLU and rotary positions and without other
+tensors is added by one entry here and one in ``tools/check_architectures.py``, which compares it
+with transformers at every layout.
 
 `PRESETS` maps the name of a preset to fields of the model section. A preset fills only the fields
 that are unset. The functions convert between the model section's ``rope_`` fields and the
@@ -53,6 +54,8 @@ YARN_DEFAULTS: dict[str, Any] = {
 }
 """Values of Peng et al. 2023, "YaRN" (arXiv 2309.00071), and of transformers."""
 ROPE_FIELDS = ("rope_scaling_type", *_FACTORS.values(), *YARN_FIELDS)
+NULLABLE_FIELDS = ("window_size", "rope_scaling_type")
+"""Fields in which an explicit null means "without" and is not replaced by a preset's value."""
 
 
 def is_positive_number(value: object) -> bool:
@@ -81,9 +84,21 @@ def longest_text(model: Any) -> int:
     if model.rope_scaling_type == "dynamic":
         return int(longest * model.rope_scaling_factor)
     if model.rope_scaling_type == "yarn":
-        original = model.rope_original_max_position_embeddings
-        return max(longest, int(original * model.rope_scaling_factor))
+        return max(longest, yarn_length(model))
     return longest
+
+
+def yarn_length(model: Any) -> int:
+    """Returns the length in tokens to which YaRN extends a model section or shape."""
+    return int(model.rope_original_max_position_embeddings * model.rope_scaling_factor)
+
+
+def without_other_rope(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a preset's fields without its rotary scaling if another type of scaling is given."""
+    own = preset.get("rope_scaling_type")
+    if given.get("rope_scaling_type", own) == own:
+        return dict(preset)
+    return {name: value for name, value in preset.items() if name not in ROPE_FIELDS}
 
 
 def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +171,8 @@ def _yarn_of_huggingface(path: Path, given: Mapping[str, Any]) -> dict[str, Any]
             values[field] = float(value)
     if values["yarn_beta_fast"] < values["yarn_beta_slow"]:
         raise UserError(f"{path}: beta_fast must not be below beta_slow")
+    if not {"mscale", "mscale_all_dim"} <= values.keys():  # transformers ignores one without other
+        values = {k: value for k, value in values.items() if k not in ("mscale", "mscale_all_dim")}
     return values
 
 
@@ -213,10 +230,13 @@ class Architecture:
             return {}
         if self.window == "always":
             return {"sliding_window": window}
+        # transformers reads layer_types, and versions before 4.53 only max_window_layers.
+        kind = "full_attention" if window is None else "sliding_attention"
         return {
             "use_sliding_window": window is not None,
             "sliding_window": window,
             "max_window_layers": num_layers if window is None else 0,
+            "layer_types": [kind] * num_layers,
         }
 
 

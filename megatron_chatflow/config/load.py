@@ -10,7 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.config.architectures import PRESETS, ROPE_FIELDS
+from megatron_chatflow.config.architectures import (
+    NULLABLE_FIELDS,
+    PRESETS,
+    ROPE_FIELDS,
+    without_other_rope,
+)
 from megatron_chatflow.config.fields import parse_count
 from megatron_chatflow.config.flags import RunOptions, parse_arguments
 from megatron_chatflow.config.huggingface import model_of_huggingface
@@ -136,7 +141,13 @@ def _with_shape(
             section == "tokenizer" and "tokenizer_model" in given
         ):
             continue
-        present = {name: value for name, value in given.items() if value is not None}
+        present = {
+            name: value
+            for name, value in given.items()
+            if value is not None or (section == "model" and name in NULLABLE_FIELDS)
+        }
+        if section == "model":
+            fill = without_other_rope(fill, present)
         filled[section] = {**fill, **present}
     return filled
 

@@ -13,7 +13,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, StrictSt
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from megatron_chatflow.config.architectures import PRESETS, YARN_DEFAULTS, RopeScaling
+from megatron_chatflow.config.architectures import (
+    NULLABLE_FIELDS,
+    PRESETS,
+    YARN_DEFAULTS,
+    RopeScaling,
+    without_other_rope,
+)
 from megatron_chatflow.config.fields import (
     CONFIG,
     Count,
@@ -51,11 +57,14 @@ Selector = Annotated[StrictStr, AfterValidator(parse_selector)]
 
 
 def _fill(data: Any, defaults: Mapping[str, Any]) -> Any:
-    """Fills missing or null keys of a validator's input from ``defaults``."""
+    """Fills missing or null keys of a validator's input from ``defaults``.
+
+    A null of `NULLABLE_FIELDS` is a value.
+    """
     given = data.kwargs if isinstance(data, ArgsKwargs) else data
     if not isinstance(given, Mapping):
         return data
-    present = {key: value for key, value in given.items() if value is not None}
+    present = {key for key, value in given.items() if value is not None or key in NULLABLE_FIELDS}
     filled = {**given, **{key: value for key, value in defaults.items() if key not in present}}
     return ArgsKwargs(data.args, filled) if isinstance(data, ArgsKwargs) else filled
 
@@ -150,6 +159,9 @@ class ModelConfig:
             shape = dict(PRESETS[preset])
             if heads not in (None, shape["num_attention_heads"]):
                 del shape["num_query_groups"]
+            given = data.kwargs if isinstance(data, ArgsKwargs) else data
+            if isinstance(given, Mapping):
+                shape = without_other_rope(shape, given)
             data = _fill(data, shape)
         if _given(data, "rope_scaling_type") == "llama3":
             data = _fill(data, {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0})

@@ -20,6 +20,7 @@ from megatron_chatflow.config.architectures import (
     dynamic_base,
     huggingface_rope,
     longest_text,
+    yarn_length,
 )
 from megatron_chatflow.config.huggingface import model_of_config, model_of_huggingface
 from megatron_chatflow.config.problems import describe
@@ -32,7 +33,10 @@ TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """A model's shape and settings that change its output; the names are `ModelConfig`'s."""
+    """The shape of a model of any supported architecture, and settings that change its output.
+
+    The names are those of `ModelConfig`.
+    """
 
     num_layers: int
     hidden_size: int
@@ -162,6 +166,29 @@ def shape_of_config(path: Path, config: Mapping[str, Any]) -> LlamaShape:
     return LlamaShape(**model_of_config(path, config))
 
 
+def check_transformers(version: str, shape: LlamaShape) -> None:
+    """Checks that a version of transformers computes a model's YaRN and sliding window.
+
+    Versions before 4.53 apply a window of Qwen to no layer or to all, those before 4.51 ignore the
+    original length of YaRN, and some later ones ``truncate``.
+
+    Raises:
+        UserError: The model has one of them, and the version is before 4.57.
+    """
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    if numbers >= (4, 57):
+        return
+    for part, has_it in (
+        ("YaRN", shape.rope_scaling_type == "yarn"),
+        ("a sliding window", shape.window is not None),
+    ):
+        if has_it:
+            raise UserError(
+                f"transformers: version {version} may compute {part} differently; run pip install "
+                "'transformers>=4.57'"
+            )
+
+
 def huggingface_config(
     shape: LlamaShape,
     dtype: torch.dtype,
@@ -169,6 +196,9 @@ def huggingface_config(
     architecture: Architecture | None = None,
 ) -> dict[str, Any]:
     """Returns the content of a model's config.json.
+
+    With YaRN, ``max_position_embeddings`` is the extended length: transformers 4 replaces the
+    factor by ``max_position_embeddings / original_max_position_embeddings``.
 
     Args:
         shape: The model's shape.
@@ -178,6 +208,8 @@ def huggingface_config(
     """
     architecture = architecture or architecture_of(shape)
     theirs = {theirs: getattr(shape, ours) for theirs, ours in CONFIG_NAMES.items()}
+    if shape.rope_scaling_type == "yarn":
+        theirs["max_position_embeddings"] = yarn_length(shape)
     return {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,

@@ -9,7 +9,7 @@ for them the files beside the run's tokenizer and the datasets' sidecars are rea
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,11 @@ def _model_config(
         return json_bytes(huggingface_config(shape, dtype, special))
     old, new = (huggingface_config(of, dtype, {}, architecture) for of in (before, shape))
     changes = {name: value for name, value in new.items() if value != old[name]}
+    if shape.rope_scaling_type == "yarn":  # some folders state the original length
+        length = new["max_position_embeddings"]
+        shape = replace(shape, max_position_embeddings=length)
+        if base.get("max_position_embeddings") != length:
+            changes["max_position_embeddings"] = length
     if {"rope_theta", "rope_scaling"} & changes.keys():
         base.pop("rope_parameters", None)  # transformers 5 holds both there
         changes |= {name: new[name] for name in ("rope_theta", "rope_scaling")}

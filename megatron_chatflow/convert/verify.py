@@ -13,7 +13,12 @@ from tqdm import tqdm
 
 from megatron_chatflow.convert.distributed import DistributedReader
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
-from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface, trained_shape
+from megatron_chatflow.convert.shape import (
+    LlamaShape,
+    check_transformers,
+    shape_of_huggingface,
+    trained_shape,
+)
 from megatron_chatflow.convert.to_huggingface import check_shapes, find_checkpoint, read_weight
 from megatron_chatflow.convert.weight_map import check_weights, placements
 from megatron_chatflow.errors import UserError
@@ -60,9 +65,12 @@ def compare(
     checkpoint = find_checkpoint(checkpoint)
     shape = trained_shape(checkpoint)
     theirs = shape_of_huggingface(huggingface)
+    free = {"init_method_std"}
+    if shape.rope_scaling_type == "yarn":  # an export states the extended length
+        free.add("max_position_embeddings")
     for name in LlamaShape.__dataclass_fields__:
         ours_value, their_value = getattr(shape, name), getattr(theirs, name)
-        if ours_value != their_value and name != "init_method_std":
+        if ours_value != their_value and name not in free:
             raise UserError(
                 f"{huggingface}: {name} is {their_value}, but {ours_value} in {checkpoint}; they "
                 "are different models"
@@ -126,12 +134,13 @@ def token_ids(huggingface: Path, texts: Sequence[str], shape: LlamaShape) -> lis
 def transformers_logits(huggingface: Path, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Computes the logits of transformers in fp32, float32[tokens, vocab_size] by sequence."""
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, __version__
     except ImportError:
         raise UserError(
             "transformers is not installed; run pip install 'megatron-chatflow[hf]', or use "
             "--weights-only"
         ) from None
+    check_transformers(__version__, shape_of_huggingface(huggingface))
     model: Any = AutoModelForCausalLM.from_pretrained(huggingface, local_files_only=True)
     model.float().eval()
     with torch.no_grad():

@@ -18,7 +18,12 @@ import torch
 from megatron_chatflow.config.architectures import ARCHITECTURES
 from megatron_chatflow.config.huggingface import read_huggingface_config
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
-from megatron_chatflow.convert.shape import TORCH_NAMES, shape_of_huggingface
+from megatron_chatflow.convert.shape import (
+    TORCH_NAMES,
+    LlamaShape,
+    check_transformers,
+    shape_of_huggingface,
+)
 from megatron_chatflow.convert.weight_map import check_weights
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES, TEMPLATES
@@ -50,6 +55,9 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
         raise UserError(
             "transformers is not installed; run pip install 'megatron-chatflow[hf]'"
         ) from None
+    shape = _trainable_shape(folder)
+    if shape is not None:
+        check_transformers(transformers.__version__, shape)
     library_logging: Any = transformers.utils.logging
     library_logging.set_verbosity_error()
     library_logging.disable_progress_bar()
@@ -79,6 +87,20 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
     _configure_bos(tokenizer, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return tokenizer, model.to(device=device, dtype=dtype).eval()
+
+
+def longest_input(folder: Path, model: Any) -> int:
+    """Returns the longest input of a loaded model in tokens, extended by its rotary scaling."""
+    shape = _trainable_shape(folder)
+    return int(model.config.max_position_embeddings) if shape is None else shape.longest
+
+
+def _trainable_shape(folder: Path) -> LlamaShape | None:
+    """Returns a folder's shape; None if only transformers supports its architecture."""
+    try:
+        return shape_of_huggingface(folder)
+    except UserError:
+        return None
 
 
 def _dtype(folder: Path) -> torch.dtype:
@@ -162,7 +184,7 @@ class LanguageModel:
         self.prefix_ids = bos_prefix(self.hf_tokenizer)
         self._own_template = find_chat_template(folder)
         self.chat_template = self._chat_template()
-        longest = int(self.hf_model.config.max_position_embeddings)
+        longest = longest_input(folder, self.hf_model)
         self.max_length = longest if max_length is None else min(longest, max_length)
 
     def _chat_template(self) -> JinjaTemplate | str | None:

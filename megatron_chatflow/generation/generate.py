@@ -17,7 +17,12 @@ from pathlib import Path
 import torch
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.models import bos_prefix, load_pretrained, with_prefix
+from megatron_chatflow.evaluation.models import (
+    bos_prefix,
+    load_pretrained,
+    longest_input,
+    with_prefix,
+)
 from megatron_chatflow.tokenizer.chat_template import render, template_variables
 from megatron_chatflow.tokenizer.documents import TemplateLimitError
 
@@ -118,7 +123,7 @@ class Generator:
         self.folder = folder
         self._variables = dict(template_variables(template_kwargs))
         self._tokenizer, self._model = load_pretrained(folder)
-        self.max_length = int(self._model.config.max_position_embeddings)
+        self.max_length = longest_input(folder, self._model)
 
     @property
     def has_chat_template(self) -> bool:

@@ -10,6 +10,7 @@ from megatron_chatflow.config.architectures import ARCHITECTURES, PRESETS, archi
 from megatron_chatflow.config.huggingface import model_of_config
 from megatron_chatflow.config.load import load_config
 from megatron_chatflow.config.shape import num_parameters
+from megatron_chatflow.config.validation import RunConfig
 from megatron_chatflow.errors import UserError
 
 PATH = Path("model/config.json")
@@ -150,11 +151,57 @@ def test_every_architecture_is_the_one_of_its_own_layers(config) -> None:
         config({"model.add_qkv_bias": True, "model.qk_layernorm": True})
 
 
+@pytest.mark.parametrize("window", [8, None])
+def test_a_window_is_that_of_every_layer_for_transformers(window: int | None) -> None:
+    from transformers import Qwen2Config
+
+    content = {**config_of("qwen2"), "num_hidden_layers": 40}
+    content |= ARCHITECTURES["qwen2"].window_fields(window, 40)
+    for left_out in ([], ["max_window_layers"]):  # by default, windows begin at layer 28
+        read = Qwen2Config(**{k: value for k, value in content.items() if k not in left_out})
+        kind = "full_attention" if window is None else "sliding_attention"
+        assert read.layer_types == [kind] * 40 and read.sliding_window == window
+
+
+RUN = ["--train-iters", "1", "--micro-batch-size", "1", "--global-batch-size", "1", "--lr", "1e-4"]
+RUN += ["--seq-length", "8", "--data-path", "a", "--tokenizer-model", "t"]
+
+
+def test_none_removes_the_window_of_a_preset_or_is_refused(tmp_path: Path) -> None:
+    preset = [*RUN, "--preset", "mistral-7b-v0.1"]
+    assert load_config(None, preset).model.window_size == (4095, 0)
+    without = load_config(None, [*preset, "--window-size", "none"])
+    assert without.model.window_size is None
+    assert RunConfig.from_dict(without.to_dict()) == without  # as a checkpoint records it
+    (tmp_path / "config.json").write_text(json.dumps(config_of("mistral", sliding_window=16)))
+    folder = [*RUN, "--load-hf", str(tmp_path)]
+    assert load_config(None, folder).model.window_size == (15, 0)
+    with pytest.raises(UserError, match=r"model.window_size: None differs from \(15, 0\) in"):
+        load_config(None, [*folder, "--window-size", "none"])
+
+
+def test_another_rotary_scaling_replaces_that_of_a_preset() -> None:
+    preset = [*RUN, "--preset", "llama3.1-8b", "--rope-scaling-type"]
+    yarn = ["yarn", "--rope-scaling-factor", "4", "--rope-original-max-position-embeddings", "8192"]
+    model = load_config(None, [*preset, *yarn]).model
+    assert (model.rope_scaling_type, model.rope_low_freq_factor) == ("yarn", None)
+    assert (model.rope_scaling_factor, model.rotary_base) == (4.0, 500000.0)
+    with pytest.raises(UserError, match="model.rope_scaling_factor"):  # not the preset's 8
+        load_config(None, [*preset, "linear"])
+    plain = load_config(None, [*preset, "none"]).model
+    assert plain.rope_scaling_type is plain.rope_scaling_factor is None
+
+
+def test_load_hf_refuses_another_rotary_scaling(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config_of("llama", rope_scaling=rope)))
+    with pytest.raises(UserError, match="model.rope_scaling_type: None differs from linear in"):
+        load_config(None, [*RUN, "--load-hf", str(tmp_path), "--rope-scaling-type", "none"])
+
+
 def test_load_hf_takes_the_layers_from_the_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of("qwen2")))
-    flags = ["--load-hf", str(tmp_path), "--train-iters", "1", "--micro-batch-size", "1"]
-    flags += ["--global-batch-size", "1", "--lr", "1e-4", "--seq-length", "8"]
-    flags += ["--data-path", "a", "--tokenizer-model", "t"]
+    flags = [*RUN, "--load-hf", str(tmp_path)]
     model = load_config(None, flags).model
     assert model.add_qkv_bias and not model.qk_layernorm and model.head_dim == 16
     with pytest.raises(UserError, match="model.add_qkv_bias: False differs from True in"):

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from scaled_rope import KINDS, LLAMA3, SHAPE, folder_of
 
 from megatron_chatflow.config import ModelConfig
+from megatron_chatflow.config.load import load_config
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.shape import (
     LlamaShape,
+    check_transformers,
     huggingface_config,
     shape_of_checkpoint,
     shape_of_huggingface,
@@ -98,7 +100,8 @@ def test_yarn_is_that_of_transformers(name: str, base: float, tmp_path: Path) ->
     assert rotary.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
     # What is exported is read as the same model, here and by transformers.
     (tmp_path / "config.json").write_text(json.dumps(huggingface_config(read, torch.float32, {})))
-    assert shape_of_huggingface(tmp_path) == read
+    length = int(rope["original_max_position_embeddings"] * read.rope_scaling_factor)
+    assert shape_of_huggingface(tmp_path) == replace(read, max_position_embeddings=length)
     again = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
     assert torch.equal(again.inv_freq, theirs.inv_freq)
     assert again.attention_scaling == theirs.attention_scaling
@@ -110,6 +113,11 @@ def test_import_and_export_keep_the_scaling(kind: str, tmp_path: Path) -> None:
     import_huggingface(folder, tmp_path / "run")
     export_checkpoint(tmp_path / "run", tmp_path / "hf2", tokenizer=NO_TOKENIZER)
     one, other = (json.loads((tmp_path / k / "config.json").read_text()) for k in ("hf", "hf2"))
+    if kind == "yarn":  # transformers 4 takes the factor from these lengths
+        assert one.pop("max_position_embeddings") == 64
+        length = other.pop("max_position_embeddings")
+        assert length / other["rope_scaling"]["original_max_position_embeddings"] == 4.0
+        assert shape_of_huggingface(tmp_path / "hf2").longest == length
     assert one == other
     before, after = (load_file(tmp_path / k / "model.safetensors") for k in ("hf", "hf2"))
     assert before.keys() == after.keys()
@@ -117,6 +125,33 @@ def test_import_and_export_keep_the_scaling(kind: str, tmp_path: Path) -> None:
     import_huggingface(tmp_path / "hf2", tmp_path / "run2")
     first = (tmp_path / k / "iter_0000000" / "state.json" for k in ("run", "run2"))
     assert len({path.read_text() for path in first}) == 1
+
+
+def test_versions_of_transformers_that_compute_another_yarn_are_refused() -> None:
+    yarn = replace(SHAPE, rope_scaling_type="yarn", rope_scaling_factor=4.0)
+    check_transformers("4.45.0", SHAPE)
+    check_transformers("4.57.0.dev0", yarn)
+    check_transformers("5.24.0", replace(SHAPE, window_size=(7, 0)))
+    with pytest.raises(UserError, match="version 4.50.3 may compute YaRN"):
+        check_transformers("4.50.3", yarn)
+    with pytest.raises(UserError, match="version 4.52.4 may compute a sliding window"):
+        check_transformers("4.52.4", replace(SHAPE, window_size=(7, 0)))
+
+
+@pytest.mark.parametrize("name", ["mscale", "mscale_all_dim"])
+def test_one_mscale_has_no_effect(name: str, tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", **KINDS["yarn"], name: 0.7}
+    folder = folder_of(tmp_path / "hf", rope_scaling=rope)
+    flags = ["--load-hf", str(folder), "--train-iters", "1", "--micro-batch-size", "1"]
+    flags += ["--global-batch-size", "1", "--lr", "1e-4", "--seq-length", "8"]
+    config = load_config(None, [*flags, "--data-path", "a", "--tokenizer-model", "t"])
+    assert config.model.mscale is config.model.mscale_all_dim is None
+    import_huggingface(folder, tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "hf2", tokenizer=NO_TOKENIZER)
+    for text in (folder, tmp_path / "hf2"):
+        torch.testing.assert_close(
+            ours(shape_of_huggingface(text), 64), theirs(text, 64), rtol=2e-6, atol=0
+        )
 
 
 def test_a_run_trained_beyond_the_original_length_is_exported_with_its_base(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_chatflow.convert.huggingface_folder import huggingface_folder
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.models import LanguageModel
 from megatron_chatflow.generation.generate import (
     Conversation,
     Generator,
@@ -37,6 +38,17 @@ def folder(random_llama: Path) -> Path:
 @pytest.fixture(scope="module")
 def generator(random_llama: Path) -> Generator:
     return Generator(random_llama)
+
+
+def test_yarn_extends_the_longest_input(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "yarn"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    longest = config["max_position_embeddings"]
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": longest}
+    config.pop("rope_parameters", None)
+    (copy / "config.json").write_text(json.dumps({**config, "rope_scaling": rope}))
+    assert Generator(copy).max_length == LanguageModel(copy).max_length == 4 * longest
 
 
 def test_greedy_text_is_transformers_own(folder: Path, generator: Generator) -> None:
