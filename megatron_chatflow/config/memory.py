@@ -21,6 +21,8 @@ _CHUNK_LOGITS = 1 << 27
 # `MAX_LENGTH` and `QUERY_CHUNK` of the CPU attention in `kernels/attention.py`. Attention over
 # longer documents stores no scores.
 _LONGEST_COMPOSED, _QUERY_CHUNK = 2048, 256
+# `WINDOW_CHUNK` in `model/attention.py`.
+_WINDOW_CHUNK = 256
 # megatron-core's ``min_offloaded_tensor_size``, in values.
 _LEAST_OFFLOADED = 1 << 20
 
@@ -270,7 +272,9 @@ def layer_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:
 
     The formula follows Korthikanti et al. 2022 (arXiv 2205.05198), section 4, with SwiGLU and
     grouped queries instead of their feed-forward block and heads, without dropout, and with
-    attention that stores no scores. The layer stores the following tensors:
+    attention that stores no scores. With a sliding window, torch's attention is called in parts:
+    their contexts are stored in addition to the whole one, and on GPUs keys and values of all
+    heads. The layer stores the following tensors:
 
     * norms: their inputs and outputs,
     * norms of queries and keys, if the model has them: see `_head_norm_size`,
@@ -291,7 +295,15 @@ def layer_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:
     query, key_value = counts.query_size, counts.key_value_size
     is_fused = on_cpu and train.bf16
     projected, attended = 0, query + 2 * key_value
-    if context > 1:
+    if _has_window_masks(config, on_cpu):
+        tokens = config.data.seq_length // context
+        # Under context parallelism, a process has two chunks of tokens, and the keys before them.
+        num_before = 0 if context == 1 else 2 * min(config.model.window or 0, tokens // 2)
+        keys_per_token = (tokens + num_before) / tokens
+        attended = int(2 * query + 2 * keys_per_token * (key_value if on_cpu else query))
+        if context > 1 and on_cpu:  # spans are views of the gathered keys and values
+            attended = 2 * query + 2 * context * key_value
+    elif context > 1:
         # Keys and values of all tokens. torch's kernels need queries padded to the number of keys.
         attended = 2 * context * key_value + (2 * context if on_cpu else 1) * query
     elif is_fused and (num_keys := _num_composed_keys(config)) <= _LONGEST_COMPOSED:
@@ -319,6 +331,37 @@ def layer_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:
         inside += share * query / size
     per_token = inside / config.parallel.tensor_model_parallel_size * size
     return int(num_whole * residual_bytes(config) + _num_tokens(config) * per_token)
+
+
+def _has_window_masks(config: RunConfig, on_cpu: bool) -> bool:
+    """Returns whether attention gives torch's kernels masks, as these have no sliding window.
+
+    On GPUs, the estimate assumes torch's kernels unless the run requests another library's.
+    """
+    train, window = config.train, config.model.window
+    if window is None or config.data.seq_length <= window:
+        return False
+    if on_cpu:
+        is_whole = _context_size(config) == 1
+        return not (train.bf16 and is_whole and _num_composed_keys(config) <= _LONGEST_COMPOSED)
+    requests = train.transformer_impl, train.attention_backend
+    if "transformer_engine" in requests or train.fp8_format or train.fp4_format:
+        return False
+    return not train.attention_backend.startswith("flash_attn")
+
+
+def _window_mask_bytes(config: RunConfig, on_cpu: bool) -> int:
+    """Returns the bytes of the masks of a sliding window, which all layers share."""
+    window = config.model.window
+    if window is None or not _has_window_masks(config, on_cpu):
+        return 0
+    chunk = max(_WINDOW_CHUNK, window)
+    num_keys = [chunk + window - 1]
+    if chunk > window:  # the first chunk of a document
+        num_keys.append(chunk)
+    if _context_size(config) > 1:  # chunks that begin less than a window behind their document
+        num_keys.append(chunk + window - 1)
+    return sum(num_keys) * chunk * _value_bytes(config)
 
 
 def _num_composed_keys(config: RunConfig) -> int:
@@ -402,7 +445,7 @@ def _activation_bytes(config: RunConfig, stage: int, num_micro_batches: int, on_
     sent = residual_bytes(config) if num_model_chunks(config.model, parallel) > 1 else 0
     final = 2 * residual_bytes(config) if stage == parallel.pipeline_model_parallel_size - 1 else 0
     offloaded = _offloaded_layer_bytes(config) * (layers * in_flight - 1)  # the last layer's stay
-    return (kept + sent) * in_flight + final - offloaded
+    return (kept + sent) * in_flight + final - offloaded + _window_mask_bytes(config, on_cpu)
 
 
 def _recomputed_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:

@@ -5,6 +5,7 @@ The kernels are those of `kernels.attention`: a library's variable-length kernel
 """
 
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -47,6 +48,36 @@ def torch_kernels(backend: str) -> AbstractContextManager[object]:
 
 # Queries of a call with a mask: fewer make many calls, more compute scores that no window holds.
 WINDOW_CHUNK = 256
+# The memory-efficient kernel copies a mask whose rows have another length.
+_MASK_ALIGNMENT = 8
+
+
+# A micro-batch needs at most four: under context parallelism, both chunks of a rank may begin less
+# than a window behind the begin of a document.
+@lru_cache(maxsize=4)
+def _window_mask(
+    num_queries: int, num_before: int, window: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Returns the additive mask of a window, ``dtype`` ``[num_queries, num_before + num_queries]``.
+
+    All layers and micro-batches share it. torch would convert a boolean mask in every call, and
+    store the result for the backward pass.
+
+    Args:
+        num_queries: Number of queries.
+        num_before: Number of keys before the first query's own.
+        window: Tokens of the window.
+        dtype: The dtype of queries.
+        device: Their device.
+    """
+    num_keys = num_before + num_queries
+    with torch.inference_mode(False), torch.no_grad():
+        width = -(-num_keys // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+        positions = torch.arange(num_before, num_keys, device=device).unsqueeze(1)
+        distance = positions - torch.arange(width, device=device)
+        mask = torch.zeros(num_queries, width, dtype=dtype, device=device)
+        mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
+        return mask[:, :num_keys]
 
 
 def _torch_attention(
@@ -77,14 +108,19 @@ def _torch_attention(
     for begin in range(0, num_queries, chunk):
         end = min(begin + chunk, num_queries)
         keys = slice(max(0, offset + begin - window + 1), offset + end)
-        positions = torch.arange(offset + begin, offset + end, device=query.device).unsqueeze(1)
-        distance = positions - torch.arange(keys.start, keys.stop, device=query.device)
+        before = offset + begin - keys.start
+        is_causal = before == 0 and end - begin <= window
+        mask = None
+        if not is_causal:
+            mask = _window_mask(chunk, before, window, query.dtype, query.device)
+            mask = mask[: end - begin, : before + end - begin]
         parts.append(
             scaled_dot_product_attention(
                 query[:, :, begin:end],
                 key[:, :, keys],
                 value[:, :, keys],
-                attn_mask=(distance >= 0) & (distance < window),
+                attn_mask=mask,
+                is_causal=is_causal,
                 scale=scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )

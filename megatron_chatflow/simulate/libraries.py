@@ -166,7 +166,12 @@ def _attention_on(gpu: GpuModel) -> Any:
             return composed(query, key, value, attn_mask, dropout_p, is_causal, **options)
         keeps = torch.is_grad_enabled() and query.requires_grad
         has_cudnn = gpu.capability >= (9, 0) and torch._C._get_cudnn_sdp_enabled()
-        if attn_mask is not None or (enable_gqa and not is_half):
+        if attn_mask is not None and not enable_gqa and is_half:
+            mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+            result = aten._scaled_dot_product_efficient_attention(
+                query, key, value, mask, keeps, dropout_p, is_causal, scale=scale
+            )
+        elif attn_mask is not None or (enable_gqa and not is_half):
             result = aten._scaled_dot_product_attention_math(
                 query, key, value, attn_mask, dropout_p, is_causal, None, **options
             )

@@ -90,6 +90,9 @@ OTHER_LAYERS = {
     "biases": "--add-qkv-bias",
     "norms": "--qk-layernorm --kv-channels 256",
     "norms of groups": "--qk-layernorm --num-query-groups 8",
+    "windowed": "--window-size 511,0 --num-query-groups 8",
+    "windowed, context": "--window-size 1023,0 --num-query-groups 8 --context-parallel-size 2",
+    "windowed, recomputed": "--window-size 511,0 --recompute-granularity selective",
     "norms recomputed": "--qk-layernorm --num-query-groups 8 --recompute-granularity selective",
 }
 
