@@ -119,6 +119,15 @@ def train(config: RunConfig) -> None:
 
 
 def _initialize_and_train(config: RunConfig) -> None:
+    run_training(config, initialize_run(config))
+
+
+def initialize_run(config: RunConfig) -> Ranks:
+    """Joins the job of a run on this process; `finalize` leaves it.
+
+    Raises:
+        UserError: The configuration does not suit the number of processes, or an input is missing.
+    """
     process = ProcessRank.from_environment()
     validate_for_world(config, process.world_size)
     fetch_inputs(config, rank=process.rank, local_rank=process.local_rank)
@@ -136,7 +145,7 @@ def _initialize_and_train(config: RunConfig) -> None:
     run_on_all_ranks(lambda: None)  # no rank may read what others still copy
     if ranks.is_reporter:
         logger.info("resolved configuration:\n%s", config.to_yaml())
-    run_training(config, ranks)
+    return ranks
 
 
 def run_training(config: RunConfig, ranks: Ranks) -> None:

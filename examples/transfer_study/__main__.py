@@ -1,7 +1,7 @@
 """Compares orders of the same data: does a dynamic schedule transfer better than a static blend?
 
-Trains every arm that has no result yet, and writes results.json, tables and figures to
-runs/transfer_study. Interrupted runs continue from their last checkpoint.
+Trains every arm that has no result in examples/transfer_study/results.json yet, and writes tables
+and figures to runs/transfer_study. Interrupted runs continue from their last checkpoint.
 """
 
 from megatron_chatflow.errors import exit_on_interrupt
@@ -11,40 +11,43 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import tempfile
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from examples.steps import ROOT, announce
 from examples.transfer_study.arms import check_equal_totals
+from examples.transfer_study.prepare import digest_of
 from examples.transfer_study.propose import propose
 from examples.transfer_study.report import write_report
 from examples.transfer_study.study import (
     FULL,
-    PROPOSED,
     QUICK,
+    Clock,
+    OutOfTimeError,
     Prepared,
     Results,
     Run,
     Study,
     Workers,
     default_workers,
-    make_config,
+    missing_runs,
     num_gpus,
     plan,
     prepare,
-    proposed_runs,
-    run_budget,
     train_all,
 )
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
+from megatron_chatflow.files import FileLock
 
 _EPILOG = """examples:
   python -m examples.transfer_study                      # all that is missing (make study)
+  python -m examples.transfer_study --time-limit 90      # end after about 90 minutes
   python -m examples.transfer_study --quick              # 15 minutes on two cores
   python -m examples.transfer_study --models small --seeds 1
   python -m examples.transfer_study --list
-  python -m examples.transfer_study --report --results examples/transfer_study/results.json"""
+  python -m examples.transfer_study --report             # write the repository's pages again"""
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,13 +57,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--results",
         type=Path,
         metavar="JSON",
-        help="results to continue; default: results.json in the folder of the runs",
+        help=f"results to continue; default: {FULL.results}, with --quick {QUICK.results}",
     )
     names = [model.name for model in FULL.models]
     parser.add_argument("--models", nargs="+", choices=names, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: all")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="runs at a time; default: one per core or GPU"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="MINUTES",
+        help="start no run that would not finish by then, by the measured speed",
+    )
+    parser.add_argument(
+        "--propose-again",
+        action="store_true",
+        help="replace the recorded schedule of the fit by one from all results",
     )
     parser.add_argument("--list", action="store_true", help="show what is done and what remains")
     parser.add_argument("--report", action="store_true", help="only write the page again")
@@ -70,9 +84,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing and writes the page."""
     args = _parse(argv)
+    if args.quick and args.report:
+        raise UserError(
+            "--report: writes the repository's pages, which show the full study; leave out --quick"
+        )
     study = QUICK if args.quick else FULL
     os.chdir(ROOT)
-    results = Results(args.results or study.folder / "results.json")
+    results = Results(args.results or study.results)
     if args.report:
         for path in write_report(results, study, None):
             print(path)
@@ -87,49 +105,73 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(list_runs(runs, study, results)))
         return
     num_workers = default_workers() if args.workers is None else args.workers
-    if not 1 <= num_workers <= (num_gpus() or 1 << 10):
-        raise UserError(f"--workers: must be from 1 to the number of GPUs, not {num_workers}")
+    if num_workers < 1:
+        raise UserError(f"--workers: must be at least 1, not {num_workers}")
+    clock = Clock(None if args.time_limit is None else 60 * args.time_limit)
     for model in study.models:
         check_equal_totals(model.budget)
+    if args.propose_again:
+        results.proposals = {}
+    locks = [_lock(path) for path in (study.folder, results.path)]
     cores = 1 if num_gpus() else max(1, default_workers() // num_workers)
     workers = Workers(num_workers, cores)
     try:
-        prepared: dict[str, Prepared] = {}
-        for name in dict.fromkeys(run.model for run in runs):
-            prepared[name] = prepare(study.model(name), study, results)
-        _train(runs, study, prepared, results, workers)
-        for name, facts in prepared.items():
-            model = study.model(name)
-            if proposed_runs(model) and args.seeds is None:
-                announce(f"{name}: the schedule that the fit proposes")
-                schedule = propose(results, model)
-                _train(proposed_runs(model), study, {name: facts}, results, workers, schedule)
+        failures = _train(runs, study, results, workers, clock)
     finally:
         workers.close()
-    announce("the page")
-    for path in write_report(results, study, study.folder):
-        print(path)
+        if results.current(study)[0]:
+            announce("the page")
+            for path in write_report(results, study, study.folder):
+                print(path)
+        for lock in locks:
+            lock.release()
+    if failures:
+        raise UserError(f"{len(failures)} runs failed; first: {failures[0]}")
+
+
+def _lock(path: Path) -> FileLock:
+    """Locks a folder or file of results against a second study, by a file among temporary ones."""
+    name = f"transfer_study_{digest_of(str(path.resolve()))}.lock"
+    lock = FileLock.acquire(Path(tempfile.gettempdir(), name), for_writing=True)
+    if lock is None:
+        raise UserError(f"{path}: another study is writing there; wait until it is done")
+    return lock
 
 
 def _train(
-    runs: Sequence[Run],
-    study: Study,
-    prepared: dict[str, Prepared],
-    results: Results,
-    workers: Workers,
-    schedule: dict[str, Any] | None = None,
-) -> None:
-    """Trains runs in their order, all runs of a model that follow each other at a time."""
-    begin = 0
-    while begin < len(runs):
-        name = runs[begin].model
-        end = begin
-        while end < len(runs) and runs[end].model == name:
-            end += 1
-        part = [(run, make_config(run, study, schedule)) for run in runs[begin:end]]
-        announce(f"{name}: {end - begin} runs")
-        train_all(part, study, prepared[name], results, workers)
-        begin = end
+    runs: Sequence[Run], study: Study, results: Results, workers: Workers, clock: Clock
+) -> list[str]:
+    """Trains what is missing, and returns the errors of what failed.
+
+    A model is prepared before the first of its runs that is missing, and the proposed schedule
+    follows from all runs before it.
+    """
+    prepared: dict[str, Prepared] = {}
+    failures: list[str] = []
+    for (name, is_proposed), part in groupby(runs, lambda run: (run.model, run.is_proposed)):
+        wanted, model = list(part), study.model(name)
+        try:
+            if not missing_runs(wanted, study, results):
+                continue  # by what is recorded of the model, which need not be prepared
+            if name not in prepared:
+                prepared[name] = prepare(model, study, results, clock)
+            if is_proposed:
+                before = [run for run in plan(study) if run.model == name]
+                before = before[: next(k for k, run in enumerate(before) if run.is_proposed)]
+                if unfinished := missing_runs(before, study, results):
+                    print(f"{name}: nothing is proposed before {len(unfinished)} runs", flush=True)
+                    continue
+                announce(f"{name}: the schedule that the fit proposes")
+                propose(results, study, model)
+            missing = missing_runs(wanted, study, results, prepared[name].weights)
+            announce(f"{name}: {len(missing)} of {len(wanted)} runs are missing")
+            failures += train_all(missing, study, prepared[name], results, workers, clock)
+        except OutOfTimeError:
+            print(f"time limit: {name}: not prepared", flush=True)
+        except UserError as error:
+            failures.append(f"{name}: {error}")
+            print(failures[-1], flush=True)
+    return failures
 
 
 def list_runs(runs: Sequence[Run], study: Study, results: Results) -> list[str]:
@@ -137,38 +179,26 @@ def list_runs(runs: Sequence[Run], study: Study, results: Results) -> list[str]:
 
     The time is that of the finished runs of the same model, or an estimate before there are any.
     """
-    lines, left = [], 0.0
+    lines, clock, left = [], Clock(), 0.0
+    current = results.current(study)[0].values()
+    done = {Run.of(entry) for entry in current}
     for run in runs:
-        model = study.model(run.model)
-        entry = results.entries.get(run.key)
-        is_done = False
-        if entry is not None:
-            facts = Prepared(
-                entry["corpus"], results.foundations.get(run.model, {}).get("digest"), Path()
-            )
-            is_done = results.has(run, facts.digest(make_config(run, study)))
-        budget = run_budget(run, model)
-        tokens = budget.num_samples * 512
-        measured = [one for one in results.entries.values() if one["model"] == run.model]
-        rate = model.tokens_per_second
-        if measured:
-            rate = sum(one["tokens"] for one in measured)
-            rate /= sum(one["core_seconds"] for one in measured)
-        if is_done:
+        if run in done:
             lines.append(f"done     {run.key}")
-        else:
-            why = " (its configuration has changed)" if entry is not None else ""
-            left += tokens / rate
-            lines.append(f"remains  {run.key}  {tokens / rate / 60:.1f} core-minutes{why}")
-    for model in study.models:
-        for run in proposed_runs(model):
-            state = "done   " if run.key in results.entries else "remains"
-            lines.append(f"{state}  {run.key}  follows from the others ({PROPOSED})")
-    done = sum(line.startswith("done") for line in lines)
+            continue
+        seconds = clock.estimate(run, study, results)
+        left += seconds
+        why = ""
+        if run.key in results.entries:
+            is_trained = bool(results.of_run(run, study))
+            what = "evaluation" if is_trained else "configuration"
+            why = f" (its {what} has changed)"
+        lines.append(f"remains  {run.key}  {seconds / 60:.1f} minutes of a worker{why}")
     cores = default_workers()
     lines.append(
-        f"{done} of {len(lines)} runs are done; about {left / 3600:.1f} core-hours remain, "
-        f"{left / 3600 / cores:.1f} hours with {cores} workers"
+        f"{sum(run in done for run in runs)} of {len(runs)} runs are done; about "
+        f"{left / 3600:.1f} worker-hours remain, {left / 3600 / cores:.1f} hours with {cores} "
+        "workers, without the foundations"
     )
     return lines
 

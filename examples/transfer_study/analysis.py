@@ -1,21 +1,31 @@
 """Analyses ``results.json``: paired differences to the static arm, and verdicts by fixed rules.
 
-The rules were fixed before the runs. A difference counts at one size if its paired mean exceeds two
-standard errors over the seeds; it counts in the study if it also has the same sign at every other
-size that was measured. Nothing here reads anything but the results.
+The rules were fixed before the runs. ``primary_endpoint`` of ``arms.yaml`` is the one comparison
+that tests the claim; all others are exploratory. A difference is clear at one size if its paired
+mean exceeds two standard errors over at least three seeds. Nothing here reads anything but the
+results.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean, stdev
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median, stdev
 from typing import Any, Literal
 
-REFERENCE = "static"
-NUM_STANDARD_ERRORS = 2
+from examples.transfer_study.arms import DESCRIPTION
+from examples.transfer_study.study import REFERENCE, Run
 
-Verdict = Literal["lower", "higher", "no difference", "one seed"]
+NUM_STANDARD_ERRORS = 2
+MIN_SEEDS = 3
+"""Number of seeds below which no difference is clear."""
+FALSE_POSITIVE_RATES = {2: 0.295, 3: 0.184, 4: 0.139, 5: 0.116, 6: 0.102}
+"""Probability that noise exceeds two standard errors, by number of seeds (t distribution)."""
+GOAL: dict[str, float] = DESCRIPTION["goal"]
+
+Verdict = Literal["lower", "higher", "not clear", "too few seeds"]
 Entry = Mapping[str, Any]
+Pair = tuple[int, str]
+"""What the runs of a pair have in common: the seed, and the hash of the foundation's weights."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Difference:
     Attributes:
         mean: Mean over the seeds of arm minus static.
         standard_error: Of this mean; NaN with one seed.
-        num_seeds: Number of seeds that both have.
+        num_seeds: Number of pairs, which is that of the seeds that both have.
     """
 
     mean: float
@@ -52,33 +62,37 @@ class Difference:
     @property
     def verdict(self) -> Verdict:
         """What the rule says at this size."""
-        if self.num_seeds < 2:
-            return "one seed"
+        if self.num_seeds < MIN_SEEDS:
+            return "too few seeds"
         if abs(self.mean) <= NUM_STANDARD_ERRORS * self.standard_error:
-            return "no difference"
+            return "not clear"
         return "lower" if self.mean < 0 else "higher"
+
+    @property
+    def false_positive_rate(self) -> float:
+        """The probability that noise alone would exceed two standard errors."""
+        return FALSE_POSITIVE_RATES.get(self.num_seeds, 0.1 if self.num_seeds > 1 else math.nan)
 
 
 @dataclass(frozen=True)
 class Reach:
-    """When an arm reaches the final value of the static arm of the same seed.
+    """When an arm reaches a value of the static arm of the same seed.
 
     Attributes:
-        shares: Position of the first crossing relative to the length of the run, for each seed in
-            which it is reached.
-        num_seeds: Number of seeds that both have.
+        shares: For each seed, the position of the first crossing relative to the length of the run;
+            infinity if the value is not reached.
     """
 
     shares: tuple[float, ...]
-    num_seeds: int
 
     def __str__(self) -> str:
-        """Returns the mean position in percent."""
+        """Returns the median position in percent; a seed that does not reach it counts as late."""
         if not self.shares:
-            return "not reached"
-        text = f"{100 * fmean(self.shares):.0f} %"
-        if len(self.shares) < self.num_seeds:
-            text += f" ({len(self.shares)} of {self.num_seeds} seeds)"
+            return "-"
+        middle, num_reached = median(self.shares), sum(map(math.isfinite, self.shares))
+        text = f"{100 * middle:.0f} %" if math.isfinite(middle) else "not reached"
+        if num_reached < len(self.shares):
+            text += f" ({num_reached} of {len(self.shares)} seeds reach it)"
         return text
 
 
@@ -87,66 +101,80 @@ class Analysis:
     """All numbers of the page.
 
     Attributes:
-        runs: Entries by cell and seed.
+        runs: Entries by cell and pair.
         measures: Names of the measures, in order.
     """
 
-    runs: Mapping[Cell, Mapping[int, Entry]]
+    runs: Mapping[Cell, Mapping[Pair, Entry]]
     measures: tuple[str, ...]
 
     @classmethod
-    def of(cls, entries: Mapping[str, Entry], foundations: Mapping[str, Entry]) -> "Analysis":
-        """Groups the entries. Those that started from another foundation are left out."""
-        runs: dict[Cell, dict[int, Entry]] = {}
+    def of(cls, entries: Iterable[Entry]) -> "Analysis":
+        """Groups the entries, in an order that does not depend on theirs."""
+        runs: dict[Cell, dict[Pair, Entry]] = {}
         measures: dict[str, None] = {}
-        for entry in entries.values():
-            facts = foundations.get(entry["model"])
-            if facts is not None and facts["digest"] != entry["foundation"]:
-                continue
+        for entry in sorted(entries, key=lambda one: (Run.of(one).key, one["foundation"])):
             cell = Cell(entry["model"], entry["learning_rate"], entry["has_tail"], entry["arm"])
-            runs.setdefault(cell, {})[entry["seed"]] = entry
+            runs.setdefault(cell, {})[entry["seed"], entry["foundation"]] = entry
             measures.update(dict.fromkeys(values_of(entry)))
         return cls(runs, tuple(measures))
 
     def settings(self) -> list[tuple[str, str, bool]]:
-        """Returns model, learning rate and tail of all settings that have a static arm."""
-        return [
+        """Returns model, learning rate and tail of all settings of arms that have a static arm."""
+        found = dict.fromkeys(
             (cell.model, cell.learning_rate, cell.has_tail)
             for cell in self.runs
-            if cell.arm == REFERENCE
-        ]
+            if not cell.arm.startswith("random_")
+        )
+        settings = [one for one in found if self.reference(Cell(*one, REFERENCE)) in self.runs]
+        return sorted(settings, key=lambda one: (one[0] != "small", one[1] != "wsd", not one[2]))
 
     def arms(self, setting: tuple[str, str, bool]) -> list[str]:
-        """Returns the arms of a setting."""
-        return [
+        """Returns the arms of a setting; the static one is the first."""
+        found = [
             cell.arm
             for cell in self.runs
             if (cell.model, cell.learning_rate, cell.has_tail) == setting
             and not cell.arm.startswith("random_")
+            and cell.arm != REFERENCE
         ]
+        return [REFERENCE, *found]
 
-    def values(self, cell: Cell, measure: str) -> dict[int, float]:
-        """Returns a measure of a cell by seed."""
-        found = {seed: values_of(entry) for seed, entry in self.runs.get(cell, {}).items()}
-        return {seed: one[measure] for seed, one in found.items() if measure in one}
+    def reference(self, cell: Cell) -> Cell:
+        """Returns the static cell of a setting.
 
-    def difference(self, cell: Cell, measure: str) -> Difference | None:
-        """Returns the paired difference to the static arm; None without a common seed."""
-        ours = self.values(cell, measure)
-        static = Cell(cell.model, cell.learning_rate, cell.has_tail, REFERENCE)
-        theirs = self.values(static, measure)
-        return paired([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+        With and without tail, the static arm is the same up to rounding, so that one that was
+        trained stands for both.
+        """
+        static = replace(cell, arm=REFERENCE)
+        other = replace(static, has_tail=not cell.has_tail)
+        return static if static in self.runs or other not in self.runs else other
+
+    def values(self, cell: Cell, measure: str) -> dict[Pair, float]:
+        """Returns a measure of a cell by pair."""
+        if cell.arm == REFERENCE:
+            cell = self.reference(cell)
+        found = {pair: values_of(entry) for pair, entry in self.runs.get(cell, {}).items()}
+        return {pair: one[measure] for pair, one in found.items() if measure in one}
+
+    def difference(self, cell: Cell, measure: str, minus: str = REFERENCE) -> Difference | None:
+        """Returns the paired difference to another arm; None without a common seed."""
+        return self.contrast(cell, measure, (cell.arm, minus), lambda a, b: a - b)
+
+    def contrast(
+        self, cell: Cell, measure: str, arms: Sequence[str], combine: Callable[..., float]
+    ) -> Difference | None:
+        """Returns the mean over pairs of a combination of arms in the setting of a cell."""
+        values = [self.values(replace(cell, arm=arm), measure) for arm in arms]
+        common = sorted(set(values[0]).intersection(*values[1:]))
+        return paired([combine(*(one[pair] for one in values)) for pair in common])
 
     def verdict(self, cell: Cell, measure: str) -> str:
-        """Returns the verdict of the study on a difference at one size.
-
-        A difference that exceeds two standard errors counts if its mean has the same sign at every
-        other size with the same setting.
-        """
+        """Returns what the rules say about a difference to the static arm at one size."""
         own = self.difference(cell, measure)
         if own is None:
             return "not measured"
-        if own.verdict in ("no difference", "one seed"):
+        if own.verdict in ("not clear", "too few seeds"):
             return own.verdict
         others = [
             self.difference(other, measure)
@@ -157,44 +185,42 @@ class Analysis:
         ]
         signs = [one.mean < 0 for one in others if one is not None]
         if not signs:
-            return f"{own.verdict}, one size only"
-        if all(sign == (own.mean < 0) for sign in signs):
-            return f"{own.verdict}, at both sizes"
-        return f"{own.verdict}, other sign at the other size"
+            return f"{own.verdict}: clear here, one size only"
+        same = "same" if all(sign == (own.mean < 0) for sign in signs) else "other"
+        return f"{own.verdict}: clear here, {same} sign at the other size"
 
-    def reach(self, cell: Cell, source: str) -> Reach:
-        """Returns when an arm reaches the final bits per byte of the static arm on a source."""
-        static = self.runs.get(Cell(cell.model, cell.learning_rate, cell.has_tail, REFERENCE), {})
+    def reach(self, cell: Cell, source: str, *, before_decay: bool = False) -> Reach:
+        """Returns when an arm reaches bits per byte of the static arm on a source.
+
+        Args:
+            cell: The arm.
+            source: The evaluated source.
+            before_decay: Whether the static arm's value is that of the last evaluation before the
+                end, which is at the start of the decay, instead of the final one.
+        """
+        static = self.runs.get(self.reference(cell), {})
         ours = self.runs.get(cell, {})
-        seeds = sorted(static.keys() & ours.keys())
         shares = []
-        for seed in seeds:
-            goal = static[seed]["final"][source]
-            crossing = first_crossing(ours[seed]["curve"], source, goal)
-            if crossing is not None:
-                shares.append(crossing / ours[seed]["tokens"])
-        return Reach(tuple(shares), len(seeds))
-
-    def cost(self) -> dict[str, float]:
-        """Returns the compute of all runs: core-hours, FLOPs and tokens."""
-        entries = [entry for seeds in self.runs.values() for entry in seeds.values()]
-        return {
-            "runs": len(entries),
-            "core_hours": sum(entry["core_seconds"] for entry in entries) / 3600,
-            "flops": sum(entry["flops"] for entry in entries),
-            "tokens": sum(entry["tokens"] for entry in entries),
-        }
+        for pair in sorted(static.keys() & ours.keys()):
+            point = static[pair]["curve"][-2 if before_decay else -1]
+            goal = point["bits_per_byte"][source]
+            crossing = first_crossing(ours[pair]["curve"], source, goal)
+            shares.append(math.inf if crossing is None else crossing / ours[pair]["tokens"])
+        return Reach(tuple(shares))
 
 
 def values_of(entry: Entry) -> dict[str, float]:
-    """Returns the measures of a run: final bits per byte by source, and numbers of probes."""
+    """Returns the measures of a run: the goal, bits per byte by source, one number per probe."""
     values = dict(entry["final"])
-    for probe, found in entry.get("probes", {}).items():
-        for name, value in found.items():
-            if name.endswith("_stderr") or name.startswith("num_"):
-                continue
-            if isinstance(value, int | float) and math.isfinite(value):
-                values[f"{probe}: {name}"] = value
+    if GOAL.keys() <= values.keys():
+        total = sum(GOAL.values())
+        goal = sum(weight / total * math.log(values[name]) for name, weight in GOAL.items())
+        values = {"goal": goal, **values}
+    for label, wanted in DESCRIPTION["probes"].items():
+        probe = label if label in entry["probes"] else label.rpartition("_")[0]
+        value = entry["probes"].get(probe, {}).get(wanted["number"])
+        if isinstance(value, int | float) and math.isfinite(value):
+            values[f"{label} ({wanted['better']} is better)"] = value
     return values
 
 

@@ -88,6 +88,13 @@ def make_schedule(arm: str, budget: Budget, *, has_tail: bool) -> Block:
     return _block([*knots, *_close(fixed, range(main, budget.iterations), "first", tail, budget)])
 
 
+def static_schedule(block: Block, budget: Budget) -> Block:
+    """Returns the static schedule that draws the same samples of each source as another one."""
+    wanted = {name: len(indices) for name, indices in draws(block, budget).items()}
+    knots = [_Knot(0, _shares(wanted))]
+    return _block(_close(knots, range(budget.iterations), "last", wanted, budget))
+
+
 def random_schedule(number: int, budget: Budget) -> Block:
     """Returns a schedule whose knots are drawn from a uniform distribution over mixtures."""
     settings = DESCRIPTION["random"]
@@ -151,7 +158,7 @@ def _main_part(arm: str, length: int, wanted: Mapping[str, int], budget: Budget)
     stages: list[list[str]] = description["stages"]
     present = [name for stage in stages for name in stage]
     wanted = {name: wanted[name] if name in present else 0 for name in SOURCES}
-    # The tokens of missing sources go to the first one, which is Chinese in these arms.
+    # The tokens of missing sources go to the first one.
     wanted[stages[0][0]] += length * size - sum(wanted.values())
     mixtures = [_shares({name: wanted[name] for name in stage}) for stage in stages]
     if len(stages) == 1:

@@ -1,14 +1,21 @@
 """Fits the recency model to the results and proposes a schedule for the study's goal."""
 
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from examples.transfer_study.analysis import Analysis, Cell
-from examples.transfer_study.arms import ARMS, DESCRIPTION, SOURCES
-from examples.transfer_study.prepare import digest_of
-from examples.transfer_study.study import PROPOSED, ModelSize, Results
+from examples.transfer_study.analysis import GOAL, Analysis, Cell
+from examples.transfer_study.arms import ARMS, SOURCES
+from examples.transfer_study.study import (
+    LEARNING_RATES,
+    PROPOSED,
+    PROPOSED_STATIC,
+    REFERENCE,
+    ModelSize,
+    Results,
+    Run,
+    Study,
+)
 from megatron_chatflow.blend.fit import (
     Observation,
     RunRecord,
@@ -20,8 +27,6 @@ from megatron_chatflow.blend.fit import (
 )
 from megatron_chatflow.data.indexed import IndexedDataset
 
-GOAL: dict[str, float] = DESCRIPTION["goal"]
-
 
 def observations(analysis: Analysis, model: str) -> list[Observation]:
     """Returns one observation of each arm and random schedule, the mean over its seeds."""
@@ -29,52 +34,50 @@ def observations(analysis: Analysis, model: str) -> list[Observation]:
         [
             Observation(f"{cell}", trajectory_of(entry), entry["final"])
             for cell, seeds in analysis.runs.items()
-            if cell.model == model and cell.arm != PROPOSED
+            if cell.model == model and cell.arm not in (PROPOSED, PROPOSED_STATIC)
             for entry in seeds.values()
         ]
     )
 
 
-def trajectory_of(entry: dict[str, Any]) -> Trajectory:
+def trajectory_of(entry: Mapping[str, Any]) -> Trajectory:
     """Returns what a run read, from its result."""
     record = RunRecord("", entry["trajectory"], entry["final"])
     return record.observation(SOURCES).trajectory
 
 
-def goal_score(analysis: Analysis, cell: Cell) -> float:
+def goal_of(analysis: Analysis, cell: Cell) -> float:
     """Returns the weighted mean of the logarithms of a cell's final losses, over its seeds."""
-    total = sum(GOAL.values())
-    return fmean(
-        sum(weight / total * np.log(entry["final"][name]) for name, weight in GOAL.items())
-        for entry in analysis.runs[cell].values()
-    )
+    return fmean(analysis.values(cell, "goal").values())
 
 
-def propose(results: Results, model: ModelSize) -> dict[str, Any]:
+def propose(results: Results, study: Study, model: ModelSize) -> dict[str, Any]:
     """Returns the schedule that the fit proposes, and records it with its prediction.
 
-    A recorded proposal that was made from the same results is returned again.
+    What was recorded once is returned again, whatever results came after it.
 
     Raises:
         UserError: There are too few results.
     """
-    entries = {key: one for key, one in results.entries.items() if one["arm"] != PROPOSED}
-    analysis = Analysis.of(entries, results.foundations)
-    made_of = digest_of(
-        sorted(one["digest"] for one in entries.values() if one["model"] == model.name)
-    )
     known = results.proposals.get(model.name)
-    if known is not None and known["made_of"] == made_of:
+    if known is not None:
         block: dict[str, Any] = known["schedule"]
         return block
+    entries = [
+        entry
+        for entry in results.current(study)[0].values()
+        if entry["model"] == model.name and not Run.of(entry).is_proposed
+    ]
+    analysis = Analysis.of(entries)
     fit = fit_recency(observations(analysis, model.name), SOURCES)
     cells = {
-        arm: Cell(model.name, model.learning_rates[0], False, arm)
+        arm: Cell(model.name, LEARNING_RATES[0], False, arm)
         for arm in ARMS
-        if Cell(model.name, model.learning_rates[0], False, arm) in analysis.runs
+        if analysis.values(Cell(model.name, LEARNING_RATES[0], False, arm), "goal")
     }
-    best = min(cells, key=lambda arm: goal_score(analysis, cells[arm]))
-    entry = next(iter(analysis.runs[cells[best]].values()))
+    best = min(cells, key=lambda arm: goal_of(analysis, cells[arm]))
+    cell = analysis.reference(cells[best]) if best == REFERENCE else cells[best]
+    entry = next(iter(analysis.runs[cell].values()))
     learning_rate = trajectory_of(entry).learning_rate
     sources = model.tokens.sources()
     sizes = {
@@ -85,7 +88,7 @@ def propose(results: Results, model: ModelSize) -> dict[str, Any]:
     proposal = propose_schedule(fit, GOAL, learning_rate, entry["tokens"], max_tokens=sizes)
     block = schedule_block(proposal, SOURCES, model.budget.iterations)
     results.proposals[model.name] = {
-        "made_of": made_of,
+        "made_of": sorted(entry["digest"] for entry in entries),
         "goal": GOAL,
         "schedule": block,
         "best_arm": best,

@@ -6,24 +6,23 @@ them is generated, the rest is written by hand.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from examples.transfer_study.analysis import REFERENCE, Analysis, Cell, Difference
-from examples.transfer_study.arms import ARMS, EQUAL_ARMS
+from examples.transfer_study.analysis import Analysis, Cell, Difference, paired
+from examples.transfer_study.arms import ARMS, DESCRIPTION, EQUAL_ARMS
 from examples.transfer_study.prepare import EVALUATED
-from examples.transfer_study.propose import goal_score
-from examples.transfer_study.study import PROPOSED, Results, Study
+from examples.transfer_study.study import PROPOSED, PROPOSED_STATIC, REFERENCE, Results, Study, plan
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import write_output_file
 
 HERE = Path("examples/transfer_study")
 PAGES = (HERE / "README.md", Path("docs/transfer_study.md"))
-_PNG_FOLDERS = (HERE, Path("docs/images"))
+_IMAGES = Path("docs/images")
 # Readable without color: every arm has its own marker and line style.
 _STYLES: dict[str, dict[str, Any]] = {
     "dynamic": {"marker": "o", "linestyle": "-", "color": "#0072b2"},
@@ -32,7 +31,9 @@ _STYLES: dict[str, dict[str, Any]] = {
     "two_stage": {"marker": "D", "linestyle": ":", "color": "#009e73"},
     "chinese_only": {"marker": "x", "linestyle": (0, (5, 1)), "color": "#cc79a7"},
     "chinese_then_instruction": {"marker": "+", "linestyle": (0, (1, 1)), "color": "#56b4e9"},
+    "english_only": {"marker": "v", "linestyle": (0, (3, 3)), "color": "#999999"},
     PROPOSED: {"marker": "*", "linestyle": "-", "color": "#e69f00"},
+    PROPOSED_STATIC: {"marker": "p", "linestyle": "--", "color": "#e69f00"},
 }
 _SHAPES = {"wsd": "constant rate, common decay", "cosine": "cosine over the whole run"}
 
@@ -49,22 +50,26 @@ def write_report(results: Results, study: Study, folder: Path | None) -> list[Pa
     Raises:
         UserError: There are no results, matplotlib is missing, or a page lacks a marker.
     """
-    analysis = Analysis.of(results.entries, results.foundations)
+    entries, left_out = results.current(study)
+    analysis = Analysis.of(entries.values())
     if not analysis.settings():
         raise UserError(f"{results.path}: has no complete static arm yet; run the study first")
-    sections = make_sections(analysis, results, study)
-    figures = draw_figures(analysis, results)
+    sections = make_sections(analysis, results, study, left_out)
+    figures = draw_figures(analysis)
     written = []
     if folder is not None:
+        sections["figures"] = "\n".join(f"![{one}](transfer_{one}.png)" for one in figures)
         text = "\n\n".join(f"## {name.capitalize()}\n\n{body}" for name, body in sections.items())
         write_output_file(folder / "report.md", f"# Results\n\n{text}\n")
         written.append(folder / "report.md")
-    for place in _PNG_FOLDERS if folder is None else (folder,):
-        for name, content in figures.items():
-            path = place / f"transfer_{name}.png"
-            write_output_file(path, content)
-            written.append(path)
+    for name, content in figures.items():
+        path = (folder or _IMAGES) / f"transfer_{name}.png"
+        write_output_file(path, content)
+        written.append(path)
     for page in PAGES if folder is None else ():
+        up = Path(*[".."] * (len(page.parts) - 1))
+        place = "images" if page.parts[0] == "docs" else str(up / _IMAGES)
+        sections["figures"] = "\n".join(f"![{one}]({place}/transfer_{one}.png)" for one in figures)
         write_output_file(page, fill_page(page.read_text(encoding="utf-8"), sections, page))
         written.append(page)
     return written
@@ -87,44 +92,115 @@ def fill_page(text: str, sections: dict[str, str], page: Path) -> str:
     return pattern.sub(replace_one, text)
 
 
-def make_sections(analysis: Analysis, results: Results, study: Study) -> dict[str, str]:
+def make_sections(
+    analysis: Analysis, results: Results, study: Study, left_out: dict[str, str]
+) -> dict[str, str]:
     """Returns the generated parts of the pages by name."""
+    settings = analysis.settings()
     return {
-        "state": _state(analysis, results, study),
+        "primary": _primary(analysis),
+        "state": _state(analysis, results, study, left_out),
+        "held_out": _held_out(results),
         "verdicts": _verdicts(analysis),
-        "final": "\n\n".join(_final_table(analysis, one) for one in analysis.settings()),
-        "differences": "\n\n".join(_difference_table(analysis, one) for one in analysis.settings()),
-        "speed": "\n\n".join(_speed_table(analysis, one) for one in analysis.settings()),
+        "recency": _recency(analysis),
+        "final": "\n\n".join(_final_table(analysis, one) for one in settings),
+        "differences": "\n\n".join(_difference_table(analysis, one) for one in settings),
+        "speed": "\n\n".join(_speed_table(analysis, one) for one in settings),
         "proposal": _proposal(analysis, results),
     }
 
 
-def _state(analysis: Analysis, results: Results, study: Study) -> str:
-    cost = analysis.cost()
-    lines = [
-        f"{cost['runs']:.0f} runs, {cost['tokens'] / 1e6:.1f}M tokens, {cost['flops']:.2g} FLOPs, "
-        f"{cost['core_hours']:.1f} core-hours, without the foundations.",
-        "",
-    ]
+def _primary(analysis: Analysis) -> str:
+    """Returns the primary endpoint at each size."""
+    wanted = DESCRIPTION["primary_endpoint"]
     rows = []
-    for name, facts in results.foundations.items():
-        mine = [seeds for cell, seeds in analysis.runs.items() if cell.model == name]
-        seeds = sorted({seed for one in mine for seed in one})
-        tokens = max((entry["tokens"] for one in mine for entry in one.values()), default=0)
-        rows.append(
-            [
-                name,
-                f"{facts['tokens']:,}",
-                f"{facts['curve'][0]['bits_per_byte']['english']:.3f}",
-                f"{facts['final']['english']:.3f}",
-                f"{facts['final']['chinese']:.3f}",
-                f"{tokens:,}",
-                ", ".join(map(str, seeds)),
-                str(sum(map(len, mine))),
-            ]
-        )
-    head = ["model", "tokens of the foundation", "English before", "English", "Chinese"]
-    return "\n".join([*lines, _table([*head, "tokens of an arm", "seeds", "runs"], rows)])
+    for model in dict.fromkeys(cell.model for cell in analysis.runs):
+        cell = Cell(model, wanted["learning_rate"], wanted["tail"], wanted["arm"])
+        found = analysis.difference(cell, wanted["measure"], wanted["minus"])
+        if found is not None:
+            verdict = analysis.verdict(cell, wanted["measure"])
+            rows.append([model, *_numbers(found), verdict])
+    head = ["model", "dynamic - static, mean log loss", *_NUMBERS[1:], "verdict"]
+    return _table(head, rows) if rows else "Not measured yet."
+
+
+def _state(analysis: Analysis, results: Results, study: Study, left_out: dict[str, str]) -> str:
+    """Returns what was trained, on what, and what is missing."""
+    parts = []
+    rows = []
+    planned = plan(study)
+    for model in study.models:
+        known = results.foundations.get(model.name, {})
+        mine = [
+            entry
+            for cell, pairs in analysis.runs.items()
+            if cell.model == model.name
+            for entry in pairs.values()
+        ]
+        num_planned = sum(run.model == model.name for run in planned)
+        for device in sorted({one["device"] for one in (*mine, *known.values())}):
+            here = [one for one in mine if one["device"] == device]
+            all_here = here + [one for one in known.values() if one["device"] == device]
+            probes = sum(one["probe_seconds"] for one in here)
+            trained = sum(one["training_seconds"] for one in here)
+            rows.append(
+                [
+                    model.name,
+                    f"{device}{'' if all(one['bf16'] for one in all_here) else ', fp32'}",
+                    f"{len(here)} of {num_planned}",
+                    str(len(all_here) - len(here)),
+                    f"{sum(one['tokens'] for one in all_here) / 1e6:.1f}M",
+                    f"{sum(one['flops'] for one in all_here):.2g}",
+                    f"{sum(one['core_seconds'] for one in all_here) / 3600:.1f}",
+                    f"{100 * probes / trained:.1f} %" if trained else "-",
+                ]
+            )
+    head = ["model", "device", "runs", "foundations", "tokens", "FLOPs", "core-hours", "probes"]
+    parts.append(_table(head, rows))
+    rows = [
+        [
+            model,
+            weights[:8],
+            f"{facts['tokens']:,}",
+            f"{facts['curve'][0]['bits_per_byte']['english']:.3f}",
+            f"{facts['final']['english']:.3f}",
+            f"{facts['final']['chinese']:.3f}",
+        ]
+        for model, known in sorted(results.foundations.items())
+        for weights, facts in sorted(known.items())
+    ]
+    head = ["foundation", "weights", "tokens", "English before (during training)"]
+    parts.append(_table([*head, "English", "Chinese"], rows))
+    if left_out:
+        parts.append("Left out:\n\n" + "\n".join(f"- {k}: {why}" for k, why in left_out.items()))
+    return "\n\n".join(parts)
+
+
+def _held_out(results: Results) -> str:
+    """Returns documents and tokens of the held-out text."""
+    rows = [
+        [
+            model,
+            source,
+            str(one["documents"]),
+            f"{one['tokens']:,}",
+            str(one["dropped"]),
+            f"{100 * one['shared_with_training']:.1f} %",
+        ]
+        for model, facts in sorted(results.models.items())
+        for source, one in facts["held_out"].items()
+    ]
+    head = ["model", "source", "documents", "tokens", "dropped as near-duplicates"]
+    return _table([*head, "still shared with training text"], rows)
+
+
+_NUMBERS = ("mean ± standard error", "seeds", "by noise alone")
+
+
+def _numbers(found: Difference) -> list[str]:
+    rate = found.false_positive_rate
+    shown = f"{100 * rate:.0f} %" if np.isfinite(rate) else "-"
+    return [_shown(found), str(found.num_seeds), shown]
 
 
 def _verdicts(analysis: Analysis) -> str:
@@ -136,8 +212,31 @@ def _verdicts(analysis: Analysis) -> str:
             found = analysis.difference(cell, measure)
             if found is not None:
                 verdict = analysis.verdict(cell, measure)
-                rows.append([_name_of(setting), measure, _shown(found), verdict])
-    return _table(["setting", "measure", "dynamic - static", "verdict"], rows)
+                rows.append([_name_of(setting), measure, *_numbers(found), verdict])
+    return _table(["setting", "measure", *_NUMBERS, "verdict"], rows)
+
+
+def _recency(analysis: Analysis) -> str:
+    """Returns what recency explains: half the difference between a ramp and its mirror image."""
+    parts = {
+        "recency, (dynamic - reversed) / 2": (
+            ("dynamic", "reversed"),
+            lambda ours, mirrored: (ours - mirrored) / 2,
+        ),
+        "the rest, (dynamic + reversed) / 2 - static": (
+            ("dynamic", "reversed", REFERENCE),
+            lambda ours, mirrored, static: (ours + mirrored) / 2 - static,
+        ),
+    }
+    rows = []
+    for setting in analysis.settings():
+        for name, (arms, combine) in parts.items():
+            for measure in ("goal", *EVALUATED):
+                found = analysis.contrast(Cell(*setting, REFERENCE), measure, arms, combine)
+                if found is not None:
+                    clear = "yes" if found.verdict in ("lower", "higher") else found.verdict
+                    rows.append([_name_of(setting), name, measure, *_numbers(found), clear])
+    return _table(["setting", "part", "measure", *_NUMBERS, "clear"], rows)
 
 
 def _final_table(analysis: Analysis, setting: tuple[str, str, bool]) -> str:
@@ -149,7 +248,7 @@ def _final_table(analysis: Analysis, setting: tuple[str, str, bool]) -> str:
             values = list(analysis.values(cell, measure).values())
             spread = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
             row.append(f"{fmean(values):.3f}{spread}" if values else "-")
-        rows.append([*row, str(len(analysis.runs[cell]))])
+        rows.append([*row, str(len(analysis.values(cell, analysis.measures[0])))])
     measures = _measures(analysis, Cell(*setting, REFERENCE))
     return f"**{_name_of(setting)}**\n\n" + _table(["arm", *measures, "seeds"], rows)
 
@@ -173,12 +272,21 @@ def _difference_table(analysis: Analysis, setting: tuple[str, str, bool]) -> str
 
 
 def _speed_table(analysis: Analysis, setting: tuple[str, str, bool]) -> str:
+    """Returns when arms reach two values of the static arm."""
     rows = [
-        [arm, *(str(analysis.reach(Cell(*setting, arm), source)) for source in EVALUATED)]
+        [
+            arm,
+            "before the decay" if before_decay else "final",
+            *(
+                str(analysis.reach(Cell(*setting, arm), source, before_decay=before_decay))
+                for source in EVALUATED
+            ),
+        ]
         for arm in _in_order(analysis.arms(setting))
         if arm != REFERENCE
+        for before_decay in (True, False)
     ]
-    return f"**{_name_of(setting)}**\n\n" + _table(["arm", *EVALUATED], rows)
+    return f"**{_name_of(setting)}**\n\n" + _table(["arm", "static's value", *EVALUATED], rows)
 
 
 def _proposal(analysis: Analysis, results: Results) -> str:
@@ -207,15 +315,20 @@ def _proposal(analysis: Analysis, results: Results) -> str:
         head = ["source", "predicted", "measured", "inside", f"best arm ({facts['best_arm']})"]
         text = f"**{model}**, goal {goal}:\n\n"
         text += _table([*head, "leave-one-out error of spread"], rows)
-        if all(cell in analysis.runs for cell in cells.values()):
-            scores = {name: goal_score(analysis, cell) for name, cell in cells.items()}
-            gain = 100 * (np.exp(scores["proposed"] - scores["best arm"]) - 1)
-            text += f"\n\nWeighted mean of the losses against the best arm: {gain:+.2f} %."
+        comparisons = []
+        for other in (PROPOSED_STATIC, facts["best_arm"]):
+            for measure in ("goal", *facts["predicted"]):
+                found = analysis.difference(cells["proposed"], measure, other)
+                if found is not None:
+                    comparisons.append([other, measure, *_numbers(found), found.verdict])
+        if comparisons:
+            head = ["proposed minus", "measure", *_NUMBERS, "verdict"]
+            text += "\n\n" + _table(head, comparisons)
         parts.append(text)
     return "\n\n".join(parts) or "No schedule has been proposed yet."
 
 
-def draw_figures(analysis: Analysis, results: Results) -> dict[str, bytes]:
+def draw_figures(analysis: Analysis) -> dict[str, bytes]:
     """Draws all figures as PNG, by name.
 
     Raises:
@@ -260,20 +373,31 @@ def draw_figures(analysis: Analysis, results: Results) -> dict[str, bytes]:
     for line, setting in zip(grid, settings, strict=True):
         for axes, source in zip(line, shown_sources, strict=True):
             for arm in _in_order(analysis.arms(setting)):
-                tokens, mean, error = mean_curve(analysis, Cell(*setting, arm), source)
-                style = {**_STYLES[arm], "markersize": 4}
-                axes.errorbar(tokens, mean, yerr=2 * error, label=arm, capsize=2, **style)
+                if arm not in (*EQUAL_ARMS, PROPOSED) or arm == REFERENCE:
+                    continue
+                tokens, found = curve_of_differences(analysis, Cell(*setting, arm), source)
+                axes.errorbar(
+                    tokens,
+                    [one.mean for one in found],
+                    yerr=[2 * _finite(one.standard_error) for one in found],
+                    label=arm,
+                    capsize=2,
+                    **{**_STYLES[arm], "markersize": 4},
+                )
+            axes.axhline(0, color="black", linewidth=0.8)
             axes.set_title(f"{_name_of(setting)}: {source}", fontsize="small")
             axes.set_xlabel("million tokens")
-            axes.set_ylabel("bits per byte")
-        line[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+            axes.set_ylabel("bits per byte\nminus static")
+        if line[-1].has_data() and line[-1].get_legend_handles_labels()[0]:
+            line[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figures["curves"] = _png(figure)
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    arms = [arm for arm in (*ARMS, PROPOSED) if any(cell.arm == arm for cell in analysis.runs)]
+    arms = _in_order([cell.arm for cell in analysis.runs])
     grid = figure.subplots(2, -(-len(arms) // 2), squeeze=False).ravel()
     for axes, arm in zip(grid, arms, strict=False):
-        cell = next(cell for cell in analysis.runs if cell.arm == arm and not cell.has_tail)
+        cells = [cell for cell in analysis.runs if cell.arm == arm]
+        cell = min(cells, key=lambda cell: cell.has_tail)
         _draw_shares(axes, next(iter(analysis.runs[cell].values())), arm)
     for axes in grid[len(arms) :]:
         axes.set_axis_off()
@@ -282,19 +406,22 @@ def draw_figures(analysis: Analysis, results: Results) -> dict[str, bytes]:
     return figures
 
 
-def mean_curve(
+def curve_of_differences(
     analysis: Analysis, cell: Cell, source: str
-) -> tuple[list[float], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Returns tokens in millions, and mean and standard error over the seeds."""
-    curves = [entry["curve"] for entry in analysis.runs[cell].values()]
-    values = np.array([[p["bits_per_byte"][source] for p in curve] for curve in curves])
-    error = np.zeros(values.shape[1])
-    if len(values) > 1:
-        error = values.std(axis=0, ddof=1) / len(values) ** 0.5
-    return [point["tokens"] / 1e6 for point in curves[0]], values.mean(axis=0), error
+) -> tuple[list[float], list[Difference]]:
+    """Returns tokens in millions, and paired differences to the static arm at these."""
+    ours = analysis.runs[cell]
+    static = analysis.runs.get(analysis.reference(cell), {})
+    points: dict[int, list[float]] = {}
+    for pair in sorted(ours.keys() & static.keys()):
+        for one, other in zip(ours[pair]["curve"], static[pair]["curve"], strict=True):
+            difference = one["bits_per_byte"][source] - other["bits_per_byte"][source]
+            points.setdefault(one["tokens"], []).append(difference)
+    found = {tokens: paired(values) for tokens, values in sorted(points.items())}
+    return [tokens / 1e6 for tokens in found], [one for one in found.values() if one is not None]
 
 
-def _draw_shares(axes: Any, entry: dict[str, Any], title: str) -> None:
+def _draw_shares(axes: Any, entry: Mapping[str, Any], title: str) -> None:
     """Draws the shares of the sources over a run, with a line style for each."""
     rows = [row["tokens"] for row in entry["trajectory"]]
     places = (np.arange(len(rows)) + 0.5) / len(rows)
@@ -316,7 +443,7 @@ def _finite(value: float) -> float:
 
 
 def _in_order(arms: Sequence[str]) -> list[str]:
-    return [arm for arm in (*ARMS, PROPOSED) if arm in arms]
+    return [arm for arm in (*ARMS, PROPOSED, PROPOSED_STATIC) if arm in arms]
 
 
 def _measures(analysis: Analysis, cell: Cell) -> list[str]:
