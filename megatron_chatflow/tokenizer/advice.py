@@ -11,8 +11,8 @@ average, where ``g`` is the gap at the start. The text that is read until the ga
 `NEGLIGIBLE_GAP` teaches the extended model only what the other one already knows. If that text has
 ``D`` characters, both have learned equally much from the same computation when ``C / new cost - D =
 C / old cost``. `HALF_LIFE` was fitted to the SmolLM2 example: a gap of 1.067 bits per byte fell to
-0.291 in 180 iterations, in which a new token was read 100 times on average. On the held-out text that
-the example's page now shows it fell from 1.256 to 0.324, which gives 35 reads.
+0.291 in 180 iterations, in which a new token was read 100 times on average. On the
+held-out text of today's page it fell from 1.256 to 0.324, which gives 35 reads.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
