@@ -1,4 +1,4 @@
-"""Continued training of LLaMA models on a blend of sources that follows a schedule.
+"""Continued training of language models on a blend of sources that follows a schedule.
 
 The blend is usable on its own::
 

@@ -267,7 +267,7 @@ stand for the tokenizer's BOS and end-of-sequence token. `--chat-template` takes
 MEGATRON_HEAD = """# Coming from Megatron-LM
 
 `python -m megatron_chatflow.pretrain` accepts the flags of Megatron-LM's `pretrain_gpt.py` that apply
-to a LLaMA. A flag that both have means the same in both. A flag that requests what is always the case
+to the supported models. A flag that both have means the same in both. A flag that requests what is always the case
 here is accepted, and one that has another name here is mapped; the log mentions each of them once at
 the start. All flags that cannot be honoured are reported in one message, with what to use instead.
 The tables below are generated from the table that the command line uses

@@ -19,6 +19,7 @@ from megatron_chatflow.evaluation.text import TextSource
 from megatron_chatflow.files import check_output_file, write_output_file
 from megatron_chatflow.generation.generate import TEMPLATE_HELP
 from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
+from megatron_chatflow.tokenizer.chat_template import template_variables
 
 EXAMPLES = """examples:
   %(prog)s exports/zh --baseline Llama-2-7b-hf --source zh=zh.valid.jsonl \\
@@ -79,6 +80,12 @@ def _parse() -> argparse.Namespace:
         choices=list(JINJA_TEMPLATES),
         help="built-in chat template to use instead of the model's",
     )
+    add(
+        "--chat-template-kwargs",
+        default="{}",
+        metavar="JSON",
+        help="variables of the chat template as JSON, such as enable_thinking",
+    )
     add("--encoding", default="utf-8", metavar="E", help="encoding of the sources")
     add("--max-documents", type=int, help="maximum number of documents per source")
     add("--max-length", type=int, help="context length (default: the model's)")
@@ -136,4 +143,5 @@ def _settings(args: argparse.Namespace) -> EvaluationSettings:
         tasks=tasks if args.tasks else None,
         max_documents=args.max_documents,
         max_length=args.max_length,
+        template_variables=template_variables(args.chat_template_kwargs),
     )

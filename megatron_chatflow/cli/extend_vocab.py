@@ -34,7 +34,7 @@ from megatron_chatflow.tokenizer.extend import (
 )
 from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
 
-DESCRIPTION = """Adds the pieces of a language to a LLaMA tokenizer.
+DESCRIPTION = """Adds the pieces of a language to a model's tokenizer.
 
 Chooses the pieces from a corpus of the language, or takes them from a list. Writes a folder with
 the extended tokenizer, to be used in preprocessing, in the import of a checkpoint

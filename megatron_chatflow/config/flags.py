@@ -112,7 +112,7 @@ def build_parser(*, with_options: bool = True) -> argparse.ArgumentParser:
     ``with_options`` is whether to include the options of the invocation, such as ``--config``.
     """
     parser = ArgumentParser(
-        "Trains a LLaMA on a blend of sources that follows a schedule.",
+        "Trains a language model on a blend of sources that follows a schedule.",
         _EXAMPLES,
         prog="python -m megatron_chatflow.pretrain",
         usage="%(prog)s --config YAML [--dry-run] [flags]",

@@ -1,4 +1,4 @@
-"""Imports a Hugging Face LLaMA folder as a checkpoint that training loads at any parallel layout.
+"""Imports a Hugging Face model folder as a checkpoint that training loads at any parallel layout.
 
 The result is a run's folder with iteration 0 in megatron-core's distributed format, from which
 ``--load CKPT --finetune`` starts, optionally with a larger vocabulary. One process converts the
@@ -84,8 +84,8 @@ def import_huggingface(
         overwrite: Whether an existing checkpoint folder of that name is replaced.
 
     Raises:
-        UserError: The folder does not hold a LLaMA, or is damaged or incomplete, or the checkpoint
-            cannot be written.
+        UserError: The folder does not hold a supported model, or is damaged or incomplete, or the
+            checkpoint cannot be written.
     """
     check_new_folder(output, overwrite=overwrite, mark=LATEST)
     if not source.is_dir():

@@ -29,6 +29,7 @@ from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.templates import template_source
 from megatron_chatflow.tokenizer import Tokenizer
+from megatron_chatflow.tokenizer.chat_template import with_default_variables
 from megatron_chatflow.tokenizer.small_files import (
     MODEL_CONFIG,
     SPECIAL_IDS,
@@ -65,9 +66,10 @@ def trained_chat_template(
 ) -> str | None:
     """Returns the Jinja source of a run's chat template, found in the sidecars of its datasets.
 
-    Templates of chats take precedence over those of translations written as chats. Among several
-    templates, the base model's (``own``) is used, or else the first one, with a warning. Returns
-    None if the run has no chats.
+    Variables that the chats were rendered with are set at the beginning of the template, unless
+    its caller sets them. Templates of chats take precedence over those of translations written as
+    chats. Among several templates, the base model's (``own``) is used, or else the first one, with
+    a warning. Returns None if the run has no chats.
     """
     chats: dict[str, dict[str, str]] = {}  # Jinja source to the template's name by source
     pairs: dict[str, dict[str, str]] = {}
@@ -77,7 +79,11 @@ def trained_chat_template(
             if isinstance(record, dict) and isinstance(record.get("jinja"), str):
                 of_format = pairs if record.get("format") == "pairs" else chats
                 name = str(record.get("chat_template") or record.get("name"))
-                of_format.setdefault(record["jinja"], {})[source] = name
+                variables = record.get("variables")
+                jinja = with_default_variables(
+                    record["jinja"], variables if isinstance(variables, dict) else {}
+                )
+                of_format.setdefault(jinja, {})[source] = name
     templates = chats or pairs
     if not templates:
         return None

@@ -1,8 +1,9 @@
 """Exports a training checkpoint as a Hugging Face folder.
 
 The checkpoint may have any parallel layout. The folder holds safetensors files, ``config.json`` and
-the small files that travel with the model, and `transformers` loads it as `LlamaForCausalLM`. One
-process converts the model, with one tensor in memory at a time.
+the small files that travel with the model, and `transformers` loads it as the class of
+`config.architectures.ARCHITECTURES` that has the model's layers. One process converts the model,
+with one tensor in memory at a time.
 """
 
 import logging

@@ -20,6 +20,7 @@ from megatron_chatflow.evaluation.probes import Probe, evaluate_probe, headline_
 from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks, headline_metric
 from megatron_chatflow.evaluation.text import DEFAULT_TEMPLATE, TextSource, evaluate_text
 from megatron_chatflow.runtime.table import align
+from megatron_chatflow.tokenizer.chat_template import TemplateVariables
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class EvaluationSettings:
     max_documents: int | None = None  # maximum number of documents per source; None for all
     # maximum number of tokens read at once; None for the model's maximum
     max_length: int | None = None
+    template_variables: TemplateVariables = ()  # variables of the chat template
 
     def __post_init__(self) -> None:
         """Raises `UserError` if a value is out of range."""
@@ -76,7 +78,7 @@ def evaluate(
     pool = read_questions(settings.few_shot_file) if settings.few_shot_file else None
     results: dict[str, Any] = {"model": str(model)}
     with huggingface_folder(model, tokenizer) as folder:
-        language_model = LanguageModel(folder, settings.max_length)
+        language_model = LanguageModel(folder, settings.max_length, settings.template_variables)
         results |= language_model.facts()
         on_open(_describe(results, tokenizer))
         results["sources"] = {

@@ -29,7 +29,12 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES, TEMPLATES
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.base import adds_bos_token, read_bounded, sha256_of
-from megatron_chatflow.tokenizer.chat_template import JinjaTemplate, find_chat_template
+from megatron_chatflow.tokenizer.chat_template import (
+    JinjaTemplate,
+    TemplateVariables,
+    find_chat_template,
+    with_default_variables,
+)
 from megatron_chatflow.tokenizer.tokenizer_json import (
     error_text,
     is_library_error,
@@ -172,20 +177,43 @@ class LanguageModel:
         hf_model: Model of transformers.
     """
 
-    def __init__(self, folder: Path, max_length: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, max_length: int | None = None, variables: TemplateVariables = ()
+    ) -> None:
         """Loads a Hugging Face folder, on a GPU if there is one.
 
+        Args:
+            folder: The folder.
+            max_length: Maximum number of tokens read at once; None for the model's maximum.
+            variables: Variables of the chat template.
+
         Raises:
-            UserError: It is not a Hugging Face folder, or has no tokenizer.
+            UserError: It is not a Hugging Face folder, has no tokenizer, or variables are given
+                and it has no chat template.
         """
         self.folder = folder
         self.hf_tokenizer, self.hf_model = load_pretrained(folder)
         self.tokenizer = load_tokenizer(folder)
         self.prefix_ids = bos_prefix(self.hf_tokenizer)
         self._own_template = find_chat_template(folder)
+        if variables:
+            self._set_variables(variables)
         self.chat_template = self._chat_template()
         longest = longest_input(folder, self.hf_model)
         self.max_length = longest if max_length is None else min(longest, max_length)
+
+    def _set_variables(self, variables: TemplateVariables) -> None:
+        """Makes the template set variables, also where lm-eval applies it."""
+        own = self._own_template
+        if own is None:
+            raise UserError(
+                f"--chat-template-kwargs: {self.folder} has no chat template; set one with "
+                "--chat-template"
+            )
+        self._own_template = replace(
+            own, source=with_default_variables(own.source, dict(variables))
+        )
+        self.hf_tokenizer.chat_template = self._own_template.source
 
     def _chat_template(self) -> JinjaTemplate | str | None:
         own = self._own_template

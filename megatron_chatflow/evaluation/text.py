@@ -36,12 +36,10 @@ class TextSource:
     name: str
     path: str  # file, folder or glob pattern
     settings: CorpusSettings
-    # whether chats use the model's own template, if it has one, instead of that of the settings
-    uses_own_template: bool = False
 
     @classmethod
-    def parse(cls, text: str, template: str | None = None, encoding: str = "utf-8") -> "TextSource":
-        """Reads ``name=path`` or ``name:format=path``; the template None uses the model's own.
+    def parse(cls, text: str, encoding: str = "utf-8") -> "TextSource":
+        """Reads ``name=path`` or ``name:format=path``.
 
         Raises:
             UserError: The value has another form, or the encoding is unknown.
@@ -58,10 +56,10 @@ class TextSource:
         settings = CorpusSettings(
             format=kind,
             json_keys=keys,
-            template=template or DEFAULT_TEMPLATE,
+            template=DEFAULT_TEMPLATE,
             encoding=canonical_encoding(encoding),
         )
-        return cls(name, path, settings, uses_own_template=template is None)
+        return cls(name, path, settings)
 
     def with_template_of(self, model: LanguageModel) -> "TextSource":
         """Returns the source with the model's chat template.
@@ -70,7 +68,7 @@ class TextSource:
             UserError: The model's template does not mark the answers.
         """
         template = model.chat_template
-        if not self.uses_own_template or self.settings.format != "chat" or template is None:
+        if self.settings.format != "chat" or template is None:
             return self
         if isinstance(template, str):
             return replace(self, settings=replace(self.settings, template=template))

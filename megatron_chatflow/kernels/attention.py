@@ -95,6 +95,7 @@ class Facts:
         installed: Versions of the installed libraries of `_DISTRIBUTIONS`.
         has_cudnn: Whether torch has cuDNN.
         import_error: Returns why a library cannot be imported.
+        window: The sliding window in tokens; None without one.
     """
 
     capability: tuple[int, int] | None
@@ -104,10 +105,16 @@ class Facts:
     installed: dict[str, str]
     has_cudnn: bool
     import_error: Callable[[str], str | None] = import_error
+    window: int | None = None
 
 
 def gather_facts(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, deterministic: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    deterministic: bool,
+    window: int | None = None,
 ) -> Facts:
     """Collects the facts about this machine."""
     installed = {}
@@ -124,6 +131,7 @@ def gather_facts(
         deterministic=deterministic,
         installed=installed,
         has_cudnn=is_cuda and torch._C._has_cudnn,
+        window=window,
     )
 
 
@@ -213,6 +221,13 @@ _TITLES = {
 BACKENDS = tuple(_TITLES)
 
 
+def _title(name: str, facts: Facts) -> str:
+    if facts.window is not None and name in ("cudnn", "flash"):
+        title = _TITLES["sdpa"]
+        return f"{title} with a mask for the window, which torch's flash kernel does not take"
+    return _TITLES[name]
+
+
 def choose(facts: Facts, wanted: str = "auto") -> tuple[str, str]:
     """Returns the back end of a run, and the reason for the log.
 
@@ -231,12 +246,12 @@ def choose(facts: Facts, wanted: str = "auto") -> tuple[str, str]:
                 f"train.attention_backend: {wanted} cannot be used: {reason}; install what it "
                 "needs, or use auto"
             )
-        return wanted, f"{_TITLES[wanted]}, as requested"
+        return wanted, f"{_title(wanted, facts)}, as requested"
     passed_over: list[str] = []
     for name in preference(facts.capability):
         reason = obstacle(name, facts)
         if reason is None:
-            title = _TITLES[name]
+            title = _title(name, facts)
             if name in facts.installed:
                 title += f" ({_DISTRIBUTIONS[name]} {facts.installed[name]})"
             return name, "; ".join((title, *passed_over))

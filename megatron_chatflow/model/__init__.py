@@ -1,1 +1,1 @@
-"""LLaMA as a megatron-core GPTModel: layer spec, attention, rotary embedding, norm and loss."""
+"""Decoders of the LLaMA kind as a megatron-core GPTModel: layers and loss."""

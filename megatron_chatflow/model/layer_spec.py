@@ -36,7 +36,14 @@ from packaging.version import Version
 from megatron_chatflow.config import ParallelConfig, TrainConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.kernels import cpu as cpu_kernels
-from megatron_chatflow.kernels.attention import Facts, choose, obstacle, unavailable
+from megatron_chatflow.kernels.attention import (
+    MAX_LENGTH,
+    QUERY_CHUNK,
+    Facts,
+    choose,
+    obstacle,
+    unavailable,
+)
 from megatron_chatflow.kernels.rms_norm import RMSNorm
 from megatron_chatflow.kernels.swiglu import SwiGLUMLP
 from megatron_chatflow.kernels.weight_gradient import fuse_weight_gradients
@@ -155,12 +162,15 @@ def _ours(facts: Facts, backend: str, reason: str) -> Layers:
     chosen, attention = choose(facts, backend)
     is_fused = facts.capability is None and facts.dtype == torch.bfloat16
     fused = cpu_kernels.description() if is_fused else None
+    composed = COMPOSED
+    if facts.window is not None and facts.window + QUERY_CHUNK - 1 <= MAX_LENGTH:
+        composed = COMPOSED.partition(";")[0]  # no document needs the other kernel
     return Layers(
         LOCAL,
         chosen,
         {
             "layers": f"megatron-core's own linear layers; not transformer-engine's: {reason}",
-            "attention": COMPOSED if fused else attention,
+            "attention": composed if fused else attention,
             "norm": fused or "torch's rms_norm",
             "rotary embedding": fused or "composed in torch, angles once a micro-batch",
             "SwiGLU": fused or _swiglu(facts),

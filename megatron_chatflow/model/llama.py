@@ -239,6 +239,7 @@ def build_llama(
         dtype,
         head_counts(model, parallel).head_dim,
         deterministic=train.deterministic_mode,
+        window=model.window,
     )
     layers = choose_layers(train, facts)
     check_layers(train, parallel, facts, layers.implementation)

@@ -1,7 +1,6 @@
 """The `Tokenizer` class and the functions that its implementations share."""
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -170,7 +169,14 @@ class Tokenizer(ABC):
 
 def prefixes_first_part(tokenizer_json: Mapping[str, Any]) -> bool:
     """Returns whether a `tokenizer.json` prepends a space only at the beginning of a text."""
-    return '"prepend_scheme": "first"' in json.dumps(tokenizer_json.get("pre_tokenizer"))
+    parts: list[Any] = [tokenizer_json.get("pre_tokenizer")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Mapping):
+            if part.get("prepend_scheme") == "first":
+                return True
+            parts += part.get("pretokenizers") or []  # of a sequence
+    return False
 
 
 def adds_bos_token(model_path: Path, bos_id: int) -> bool:

@@ -114,7 +114,7 @@ def test_only_answers_of_chats_count(model: LanguageModel, tmp_path: Path) -> No
         {"role": "assistant", "content": "sodo 今 lan"},
     ]
     path = write_lines(tmp_path / "chat.jsonl", [{"messages": messages}])
-    result = evaluate_text(model, TextSource.parse(f"c:chat={path}", "chatflow"))
+    result = evaluate_text(model, TextSource.parse(f"c:chat={path}"))
     answer = model.tokenizer.encode_continuation("sodo 今 lan")
     assert result.num_tokens == len(answer) + 1  # and the end of the answer
     assert result.num_bytes == len("sodo 今 lan".encode())
@@ -123,7 +123,7 @@ def test_only_answers_of_chats_count(model: LanguageModel, tmp_path: Path) -> No
     assert len(ids) == len(mask) and num_bytes == 2
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("bana kifu\t今\n")
-    result = evaluate_text(model, TextSource.parse(f"p:pairs={pairs}", "chatflow"))
+    result = evaluate_text(model, TextSource.parse(f"p:pairs={pairs}"))
     assert result.num_tokens > 0
 
 
@@ -256,11 +256,11 @@ def test_a_choice_without_any_token_is_refused(tmp_path: Path) -> None:
 def test_source_arguments(model: LanguageModel, tmp_path: Path) -> None:
     for text in ("x", "=x", "a=", "a:parquet=x"):
         with pytest.raises(UserError, match="--source"):
-            TextSource.parse(text, "chatflow")
-    assert TextSource.parse("a=b=c", "chatflow").path == "b=c"
+            TextSource.parse(text)
+    assert TextSource.parse("a=b=c").path == "b=c"
     path = write_lines(tmp_path / "x.jsonl", [{"other": "key"}])
     with pytest.raises(UserError, match="contains no documents"):
-        evaluate_text(model, TextSource.parse(f"a={path}", "chatflow"))
+        evaluate_text(model, TextSource.parse(f"a={path}"))
 
 
 def test_table_sets_models_side_by_side() -> None:
@@ -294,7 +294,7 @@ def test_a_source_without_loss_tokens_is_null_in_json() -> None:
 
 def test_a_checkpoint_whose_tokenizer_moved(random_llama: Path, tmp_path: Path) -> None:
     texts = write_lines(tmp_path / "t.jsonl", [{"text": made_up_sentences(1)[0]}])
-    settings = EvaluationSettings(sources=(TextSource.parse(f"s={texts}", "chatflow"),))
+    settings = EvaluationSettings(sources=(TextSource.parse(f"s={texts}"),))
     source = tmp_path / "source"
     shutil.copytree(random_llama, source)
     import_huggingface(source, tmp_path / "run")

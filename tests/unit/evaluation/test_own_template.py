@@ -9,15 +9,21 @@ import pytest
 
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.huggingface_folder import huggingface_folder
-from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.template import TokenizerChoice, trained_chat_template
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, format_results
 from megatron_chatflow.evaluation.models import LanguageModel
 from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks
 from megatron_chatflow.evaluation.text import TextSource, evaluate_text
 from megatron_chatflow.generation.generate import Generator
+from megatron_chatflow.preprocess import preprocess, settings_of_options
 from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.chat_template import (
+    JinjaTemplate,
+    chat_of_exchanges,
+    with_default_variables,
+)
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
 OWN = (
@@ -105,6 +111,59 @@ def test_another_template_is_taken_when_asked_for(
     with pytest.raises(UserError, match="no chat template: nowhere: use one of chatflow"):
         loss("nowhere")
     assert (folder / "chat_template.jinja").read_text() == JINJA_TEMPLATES["llama2"]
+
+
+THINKING = OWN.replace("[A]", "[A]{% if not enable_thinking %}[X]{% endif %}")
+
+
+def test_variables_are_set_for_every_use_of_the_template(
+    random_llama: Path, chats: TextSource, tmp_path: Path
+) -> None:
+    folder = with_template(random_llama, tmp_path / "m", THINKING, in_file=True)
+    model = LanguageModel(folder)
+    for value, prompt in ((True, "[Q]bana[A]"), (False, "[Q]bana[A][X]")):
+        variables = (("enable_thinking", value),)
+        settings = EvaluationSettings(sources=(chats,), template_variables=variables)
+        found = evaluate(folder, settings)["sources"]["c"]["loss"]
+        assert found == pytest.approx(loss_by_hand(model, prompt, "kifu 今"), rel=1e-5)
+        theirs = LanguageModel(folder, variables=variables).hf_tokenizer
+        assert theirs.apply_chat_template(MESSAGES[:1], tokenize=False) == prompt
+    none = with_template(random_llama, tmp_path / "none", None, in_file=True)
+    with pytest.raises(UserError, match="--chat-template-kwargs: .* has no chat template"):
+        LanguageModel(none, variables=variables)
+
+
+def test_an_export_sets_the_variables_of_its_data(random_llama: Path, tmp_path: Path) -> None:
+    values = {"enable_thinking": True, "a": 'x"\\\n今🙂%}', "b": -1.5, "c": None, "not a name": 1}
+    data, jinja = tmp_path / "chat.jsonl", "\n{{ a }}{{ b }}{{ c }}" + THINKING
+    data.write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    (tmp_path / "t.jinja").write_text(jinja)
+    sources = {}
+    for name, kwargs in (("plain", "{}"), ("set", json.dumps(values))):
+        options = {
+            "inputs": [str(data)],
+            "output_prefix": str(tmp_path / name),
+            "tokenizer_model": str(random_llama),
+            "format": "chat",
+            "chat_template": str(tmp_path / "t.jinja"),
+            "chat_template_kwargs": kwargs,
+            "num_workers": 1,
+        }
+        preprocess(settings_of_options(options))
+        sources[name] = trained_chat_template({"c": [f"{tmp_path / name}_messages_document"]}, None)
+    assert sources["plain"] == jinja
+    source = sources["set"]
+    assert source is not None and with_default_variables(source, values) == source
+    folder = with_template(random_llama, tmp_path / "m", source, in_file=True)
+    text = '\nx"\\\n今🙂%}-1.5None[Q]bana[A]'
+    theirs = LanguageModel(folder).hf_tokenizer
+    assert theirs.apply_chat_template(MESSAGES[:1], tokenize=False) == text
+    thinking = theirs.apply_chat_template(MESSAGES[:1], tokenize=False, enable_thinking=False)
+    assert thinking == text.replace("[A]", "[A][X]")  # a caller's value counts
+    chat = chat_of_exchanges(None, (("bana", "kifu"),))
+    plain = JinjaTemplate("t", jinja, (), (("eos_token", "</s>"),), tuple(values.items()))
+    alone = JinjaTemplate("t", source, (), (("eos_token", "</s>"),))
+    assert alone.document(chat, "all") == plain.document(chat, "all")
 
 
 def test_what_a_template_refuses_is_counted(

@@ -42,6 +42,17 @@ def test_the_best_that_is_there_is_taken() -> None:
     assert choose(replace(facts, capability=None))[0] == "sdpa"
 
 
+def test_a_window_is_not_reported_as_torchs_flash_kernel() -> None:
+    windowed = replace(without(HOPPER, *EVERYTHING), window=4096)
+    for facts, name in ((windowed, "cudnn"), (replace(windowed, has_cudnn=False), "flash")):
+        for wanted in ("auto", name):
+            chosen, title = choose(facts, wanted)
+            assert chosen == name and title.startswith(
+                "torch's scaled_dot_product_attention with a mask for the window"
+            )
+    assert choose(replace(HOPPER, window=4096))[0] == "flash_attn_3"
+
+
 @pytest.mark.parametrize(
     ("changes", "chosen"),
     [
