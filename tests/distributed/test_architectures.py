@@ -1,12 +1,14 @@
 """Compares every family of models with transformers: conversion, logits, and updates.
 
-The logits are those of `tools/check_architectures.py`. The updates are those of the real trainer,
-the first from ``--load-hf`` and the second after a resume at another layout, on a dataset of a
-single sample; transformers computes the same gradients and PyTorch's AdamW the same updates. The
-models have 3 query groups, so that two tensor-parallel ranks need padded heads.
+The logits and the step of every family are those of `tools/check_architectures.py`. The updates are
+those of the real trainer, the first from ``--load-hf`` and the second after a resume at another
+layout, on a dataset of a single sample; transformers computes the same gradients and PyTorch's
+AdamW the same updates. The models have 3 query groups, so that two tensor-parallel ranks need
+padded heads.
 """
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from family_tokenizers import make_folder
+from fork_server import run_tool
 from tiny_run import TinyRun
 
 from megatron_chatflow.checkpoint.index import read_index
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.merge import merge_models
+from megatron_chatflow.convert.resize import resize_checkpoint
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
@@ -35,23 +40,20 @@ assert _spec is not None and _spec.loader is not None
 tool: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tool)
 
-NAMES = (
-    "LLaMA 3.2 1B",
-    "Mistral 7B v0.1",
-    "Mistral NeMo",
-    "Qwen2.5 7B, YaRN",
-    "Qwen2.5 0.5B",
-    "Qwen3 0.6B",
-)
+NAMES = tuple(tool.MODELS)
 LENGTH, LR, DECAY, EPSILON = 32, 0.05, 0.5, 0.01
 SMALL: dict[str, dict[str, Any]] = {
-    "qwen2": tool._model("qwen2", 48, 80, (6, 3), tie_word_embeddings=True),
-    "qwen3": tool._model("qwen3", 48, 80, (6, 3), head_dim=12),
+    "qwen2": tool.model_values("qwen2", 48, 80, (6, 3), tie_word_embeddings=True),
+    "qwen3": tool.model_values("qwen3", 48, 80, (6, 3), head_dim=12),
+    "mistral": tool.model_values(
+        "mistral", 48, 80, (6, 3), sliding_window=9, rope_parameters=tool.YARN
+    ),
 }
 TP2 = ["--tensor-model-parallel-size", 2, "--pad-attention-heads"]
 PP2 = ["--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2]
 SEQUENCE = [*TP2, "--sequence-parallel"]
 SHARDED = ["--use-distributed-optimizer"]
+PIECES = ["\u4eba\u5de5", "\u673a\u5668\u5b66\u4e60", "\u6c34"]
 STAND_IN = "transformer_engine"  # both iterations with the stand-in of transformer-engine
 # The layouts of the first and of the second iteration, which is another run that resumes.
 LAYOUTS: dict[str, tuple[list[object], list[object]]] = {
@@ -72,14 +74,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", NAMES)
-def test_conversion_is_exact_and_logits_are_those_of_transformers(
+def test_conversion_logits_growth_and_a_step_are_those_of_transformers(
     results: dict[str, Any], name: str
 ) -> None:
-    assert results[name].is_exact
-    assert results[name].largest_logit > 1
-    assert results[name].differences.keys() == tool.LAYOUTS.keys()
-    for layout, difference in results[name].differences.items():
-        assert difference < 1e-4, layout
+    result = results[name]
+    assert result.is_exact and result.is_grown
+    assert result.largest_logit > 1
+    expected = {*tool.LAYOUTS, tool.PADDED, tool.KV_CACHE, tool.BF16}
+    if tool.MODELS[name].get("sliding_window") is not None:
+        expected.add(tool.AROUND)
+    assert result.differences.keys() == expected
+    assert 1e-3 < result.differences.pop(tool.BF16) < 0.1 * result.largest_logit
+    for column, difference in result.differences.items():
+        assert difference < 1e-4, column
+    assert result.step < 2e-5
 
 
 def test_every_supported_class_is_compared() -> None:
@@ -93,9 +101,32 @@ def sample() -> torch.Tensor:
     return torch.randint(3, 600, (LENGTH + 1,), generator=torch.Generator().manual_seed(5))
 
 
+def grow_bytes(root: Path) -> list[object]:
+    """Writes a Qwen3 with a larger byte-level vocabulary; returns the command of its training.
+
+    The model has more rows than the new tokenizer has tokens, as the published ones.
+    """
+    old = make_folder(root / "bytes", "qwen")
+    tool.save_model(root / "bytes", SMALL["qwen3"])
+    new = extend_tokenizer(old, PIECES, root / "bytes_extended", "merges")
+    import_huggingface(root / "bytes", root / "bytes_grown", resize=Resize(new))
+    export_checkpoint(root / "bytes_grown", root / "bytes_hf")
+    writer = IndexedDatasetWriter(root / "bytes_document", np.uint16)
+    ids = [new.vocab_size - 1 - k for k in range(LENGTH + 1)]
+    writer.add_document(np.array(ids, dtype=np.uint16))
+    writer.finalize()
+    config = yaml.safe_load((root / "qwen3.yaml").read_text())
+    config["tokenizer"]["tokenizer_model"] = str(new.model_path.parent)
+    config["data"]["sources"]["text"]["paths"] = [str(root / "bytes_document")]
+    config["train"]["train_iters"] = 1
+    config["checkpoint"]["load_hf"] = str(root / "bytes_hf")
+    (root / "bytes.yaml").write_text(yaml.safe_dump(config))
+    return ["--config", root / "bytes.yaml", *TP2, "--save", root / "bytes_run"]
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trains both models for one iteration at every layout, and exports the weights."""
+    """Trains every model for one iteration at every layout."""
     root = tmp_path_factory.mktemp("updates")
     writer = IndexedDatasetWriter(root / "text_document", np.uint16)
     writer.add_document(sample().numpy().astype(np.uint16))
@@ -124,6 +155,7 @@ def runs(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["train"]["stages"] = [{"at": 0, "trainable": ["*.linear_qkv.bias"]}]  # type: ignore[index]
     (root / "biases.yaml").write_text(yaml.safe_dump(config))
     tasks.append(["--config", root / "biases.yaml", *TP2, "--save", root / "biases"])
+    tasks.append(grow_bytes(root))
     jobs.run_layouts(2, tasks, root)  # type: ignore[arg-type]
     jobs.run_with_stand_in(
         2,
@@ -210,6 +242,52 @@ def test_a_larger_vocabulary_and_a_merge(
     for name in before.files:
         expected = (before.read(name) + other.read(name)) / 2
         torch.testing.assert_close(mean.read(name), expected)
+
+
+@pytest.mark.distributed
+def test_a_byte_level_vocabulary_grows_in_surplus_rows(runs: Path, tmp_path: Path) -> None:
+    """Extension, import, training and export of a Qwen3, and a second extension of the run."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export_checkpoint(runs / "bytes_run", tmp_path / "hf")
+    old, new = (load_tokenizer(runs / name) for name in ("bytes", "bytes_extended"))
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = f"a{''.join(PIECES)} b"
+    assert theirs(text)["input_ids"] == new.encode(text)
+    assert max(new.encode(text)) >= old.vocab_size
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.config.vocab_size == len(model.lm_head.weight) == 613 > new.vocab_size
+    before, after = HuggingFaceWeights(runs / "bytes"), HuggingFaceWeights(tmp_path / "hf")
+    rows = [weights.read("model.embed_tokens.weight") for weights in (before, after)]
+    changed = (rows[0] != rows[1]).any(dim=1)
+    assert changed[old.vocab_size : new.vocab_size].all()
+    wider = extend_tokenizer(new, ["\u9f98"], tmp_path / "wider", "merges")
+    resize_checkpoint(runs / "bytes_run", tmp_path / "wider_run", Resize(wider))
+    export_checkpoint(tmp_path / "wider_run", tmp_path / "wider_hf")
+    done = run_tool(
+        "convert_checkpoint.py",
+        "verify",
+        *("--hf", tmp_path / "wider_hf", "--checkpoint", tmp_path / "wider_run"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "same model" in done.stdout
+
+
+@pytest.mark.distributed
+def test_a_window_survives_resize_and_verify(runs: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
+    old = load_tokenizer(tiny_run.tokenizer_model)
+    new = extend_tokenizer(old, [chr(0x6000 + k) for k in range(60)], tmp_path / "extended")
+    resize_checkpoint(runs / "mistral_context", tmp_path / "run", Resize(new))
+    export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["sliding_window"] == 9 and config["vocab_size"] == 660
+    done = run_tool(
+        "convert_checkpoint.py",
+        "verify",
+        *("--hf", tmp_path / "hf", "--checkpoint", tmp_path / "run"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "same model" in done.stdout
 
 
 @pytest.mark.distributed
