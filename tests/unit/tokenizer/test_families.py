@@ -36,7 +36,8 @@ TEXTS = [
     *("1234567 3.14 ١٢٣", "é vs e\u0301", "ﬁ Å", "😀👨\u200d👩", "\u3000全角\u3000"),
     *("don't I'LL we'Ve", "c:\n    x = 1\n\n\ty", "</s><s>[INST] x [/INST]", "{{ x }} {% raw %}"),
     *("\u200b\u00a0\u2028", "\ufffd", "a" * 3000, "漢字" * 300, "ทดสอบ हिन्दी", ". 'S", "<|x|>"),
-    *("<think>", "tool <tool_call>\n{}\n</tool_call>"),
+    *("<think>", "tool <tool_call>\n{}\n</tool_call>", "\u202eabc\u202c \ufeff"),
+    *("\u0000\u0007", "\u1112\u1161\u11ab x\u0301\u0323"),
 ]
 PIECES = ["\u4eba\u5de5", "机器学习", "𠀀", "ᜀᜁ", "wörld", "\u6c34"]
 
@@ -97,6 +98,58 @@ def written_answers(chat: Chat, name: str) -> list[str]:
     return [text for text, answer in zip(written, chat.answers, strict=True) if answer.loss]
 
 
+def written_chat(chat: Chat, name: str) -> str:
+    """Returns the whole text of a chat in the format of the family's chat models.
+
+    It is written from the models' cards, without Jinja: LLaMA 3's headers and the dates of 3.1,
+    the system texts of Qwen2 and Qwen2.5, and the reasoning of Qwen3's last answer.
+    """
+    messages = [(message.role, message.text) for message in chat.messages]
+    has_system = messages[0][0] == "system"
+    if name.startswith("llama3"):
+        if name == "llama3.1":
+            system = messages.pop(0)[1] if has_system else ""
+            dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+            messages.insert(0, ("system", dates + system.strip()))
+        texts = [text if "Cutting" in text else text.strip() for _, text in messages]
+        parts = [
+            f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
+            for (role, _), text in zip(messages, texts, strict=True)
+        ]
+        return "<|begin_of_text|>" + "".join(parts)
+    if name.startswith("mistral"):
+        system = messages.pop(0)[1] if has_system else ""
+        questions = [k for k, (role, _) in enumerate(messages) if role == "user"]
+        place = questions[0 if name == "mistral-v1" else -1]
+        text = "<s>"
+        for k, (role, content) in enumerate(messages):
+            if role == "user":
+                content = f"{system}\n\n{content}" if k == place and system else content
+                text += f"[INST] {content}{' ' if name == 'mistral-v1' else ''}[/INST]"
+            else:
+                text += f" {content if name == 'mistral-v1' else content.rstrip(' ')}</s>"
+        return text
+    if name in ("qwen2", "qwen2.5") and not has_system:
+        maker = "" if name == "qwen2" else "You are Qwen, created by Alibaba Cloud. "
+        messages.insert(0, ("system", f"{maker}You are a helpful assistant."))
+    if name == "qwen3":
+        answers = iter(written_answers(replace_loss(chat), name))
+        messages = [
+            (role, next(answers).removesuffix("<|im_end|>") if role == "assistant" else text)
+            for role, text in messages
+        ]
+    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in messages)
+
+
+def replace_loss(chat: Chat) -> Chat:
+    """Returns the chat with loss on every answer."""
+    messages = [
+        ChatMessage(message.role, message.text, message.role == "assistant")
+        for message in chat.messages
+    ]
+    return Chat(tuple(messages))
+
+
 NAMES = {
     "llama3": "llama3",
     "llama3.1": "llama3",
@@ -113,13 +166,14 @@ def test_chats_have_the_ids_of_transformers(models: dict[str, Tokenizer], name: 
     template.check()
     reference = theirs(tokenizer)
     chats = awkward_chats()
-    assert len(chats) >= 58
+    assert len(chats) >= 60
     for chat in chats:
         ids, mask, _ = encode_segments(tokenizer, template.document(chat, "response").segments)
         messages = [{"role": m.role, "content": m.text} for m in chat.messages]
         assert ids == reference.apply_chat_template(
             messages, chat_template=template.source, return_dict=False
         )
+        assert ids == reference(written_chat(chat, name), add_special_tokens=False)["input_ids"]
         runs: list[list[int]] = []
         for k, (token_id, loss) in enumerate(zip(ids, mask, strict=True)):
             if loss and not (k and mask[k - 1]):
@@ -129,6 +183,40 @@ def test_chats_have_the_ids_of_transformers(models: dict[str, Tokenizer], name: 
         assert [reference.decode(run) for run in runs] == written_answers(chat, name)
         assert ids.count(tokenizer.bos_id) == (1 if name.startswith("llama3") else 0)
     assert template.turn_end() == ("<|eot_id|>" if NAMES[name] == "llama3" else "<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ["mistral-v1", "mistral-v3"])
+def test_chats_of_mistral_have_the_ids_of_transformers(
+    tiny_sentencepiece_model: Path, tmp_path: Path, name: str
+) -> None:
+    """The tokenizer of v3 has control tokens for [INST] and [/INST], and prepends a space once."""
+    load_tokenizer(tiny_sentencepiece_model).save_pretrained(tmp_path)
+    if name == "mistral-v3":
+        content = json.loads((tmp_path / "tokenizer.json").read_text())
+        content["normalizer"] = None
+        scheme = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
+        content["pre_tokenizer"] = {**scheme, "split": False}
+        size = len(content["model"]["vocab"])
+        for k, token in enumerate(("[INST]", "[/INST]")):
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            added = {"id": size + k, "content": token, **flags, "special": True}
+            content["added_tokens"].append(added)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path, "HuggingFaceTokenizer")
+    template, reference = template_of(tokenizer, name), theirs(tokenizer)
+    template.check()
+    # transformers reads control tokens in the texts of messages as such, and preprocessing as text.
+    chats = [c for c in awkward_chats() if not any("<s>" in m.text for m in c.messages)]
+    assert len(chats) >= 60
+    for chat in chats:
+        ids, _, _ = encode_segments(tokenizer, template.document(chat, "response").segments)
+        messages = [{"role": m.role, "content": m.text} for m in chat.messages]
+        expected = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        text = written_chat(chat, name)
+        assert text == reference.apply_chat_template(
+            messages, chat_template=template.source, tokenize=False
+        )
+        assert ids == expected.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "qwen3"])
