@@ -32,7 +32,7 @@ def observations(analysis: Analysis, model: str) -> list[Observation]:
     """Returns one observation of each arm and random schedule, the mean over its seeds."""
     return merge_replicates(
         [
-            Observation(f"{cell}", trajectory_of(entry), entry["final"])
+            Observation(f"{cell}", trajectory_of(entry), entry["final"], group=cell.arm)
             for cell, seeds in analysis.runs.items()
             if cell.model == model and cell.arm not in (PROPOSED, PROPOSED_STATIC)
             for entry in seeds.values()
@@ -93,6 +93,7 @@ def propose(results: Results, study: Study, model: ModelSize) -> dict[str, Any]:
         "schedule": block,
         "best_arm": best,
         "predicted": fit.predict(proposal.trajectory),
+        "extrapolated": fit.extrapolated(proposal.trajectory),
         "predicted_best_arm": fit.predict(trajectory_of(entry)),
         "score": proposal.score,
         "fit": {
@@ -101,7 +102,7 @@ def propose(results: Results, study: Study, model: ModelSize) -> dict[str, Any]:
                 "lasting": target.lasting,
                 "saturation_tokens": target.saturation,
                 "coefficients": target.coefficients.tolist(),
-                "leave_one_out_error": target.sigma,
+                "leave_arm_out_error": target.sigma,
                 "spread": target.spread,
                 "num_runs": target.num_runs,
             }

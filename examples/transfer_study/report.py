@@ -310,11 +310,13 @@ def _proposal(analysis: Analysis, results: Results) -> str:
                 row += ["not run yet", "-"]
             best = list(analysis.values(cells["best arm"], name).values())
             fit = facts["fit"][name]
-            error = f"{100 * fit['leave_one_out_error']:.1f} % of {100 * fit['spread']:.1f} %"
+            error = f"{100 * fit['leave_arm_out_error']:.1f} % of {100 * fit['spread']:.1f} %"
             rows.append([*row, f"{fmean(best):.3f}" if best else "-", error])
         head = ["source", "predicted", "measured", "inside", f"best arm ({facts['best_arm']})"]
         text = f"**{model}**, goal {goal}:\n\n"
-        text += _table([*head, "leave-one-out error of spread"], rows)
+        text += _table([*head, "leave-arm-out error of spread"], rows)
+        if facts["extrapolated"]:
+            text += f"\n\nThe fit extrapolates for {', '.join(facts['extrapolated'])}."
         comparisons = []
         for other in (PROPOSED_STATIC, facts["best_arm"]):
             for measure in ("goal", *facts["predicted"]):

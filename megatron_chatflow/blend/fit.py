@@ -15,14 +15,17 @@ kernel has a recent part that is forgotten over s_k tokens, and a part f_k that 
 m_k are searched on a grid, and a_k and b_kj are linear least squares given them. A negative b_kj
 means that source j displaces what is evaluated.
 
-The error is that of predicting each run from all others (leave-one-out, with the nonlinear
-parameters chosen anew each time). The proposal minimizes the upper end of the prediction, because
-an optimizer is drawn to where a model errs.
+Runs are weighted by the number of seeds that they average. The error is that of predicting each
+group of runs from all others, with the nonlinear parameters chosen anew each time; it is only
+approximately nested, because these are compared by errors in which the other groups took part.
+Runs of one kind, such as an arm with and without a tail, form a group, because they would predict
+each other. The proposal minimizes the upper end of the prediction, because an optimizer is drawn
+to where a model errs. It extrapolates for a source if its leverage exceeds that of all runs.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -82,11 +85,15 @@ class Observation:
         name: The name of the run.
         trajectory: What it read.
         losses: Final loss of each evaluated source.
+        group: Runs of the same group are left out together; "" for a group of its own.
+        num_seeds: Number of seeds that were averaged.
     """
 
     name: str
     trajectory: Trajectory
     losses: Mapping[str, float]
+    group: str = ""
+    num_seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,8 @@ class TargetFit:
         coefficients: float64[1 + num_sources], a_k and -b_kj.
         covariance: float64[1 + num_sources, 1 + num_sources], ``(X'X)^-1``.
         sigma: Standard deviation of a prediction error of a run among the fitted ones, from the
-            leave-one-out errors, in log loss.
+            errors when its group is left out, in log loss.
+        max_leverage: The highest leverage of a fitted run.
         num_runs: Number of fitted runs.
         spread: Standard deviation of the fitted log losses, for comparison with ``sigma``.
     """
@@ -191,14 +199,20 @@ class TargetFit:
     coefficients: FloatArray
     covariance: FloatArray
     sigma: float
+    max_leverage: float
     num_runs: int
     spread: float
 
     def predict(self, trajectory: Trajectory, peak: float) -> tuple[float, float]:
         """Returns the predicted log loss of a run and the standard deviation of its error."""
         row = _design(trajectory.masses(self.span, self.lasting, peak), self.saturation)
-        leverage = float(row @ self.covariance @ row)
-        return float(row @ self.coefficients), self.sigma * (1 + leverage) ** 0.5
+        deviation = self.sigma * (1 + self.leverage(trajectory, peak)) ** 0.5
+        return float(row @ self.coefficients), deviation
+
+    def leverage(self, trajectory: Trajectory, peak: float) -> float:
+        """Returns the leverage of a run: how far it is from the fitted ones."""
+        row = _design(trajectory.masses(self.span, self.lasting, peak), self.saturation)
+        return float(row @ self.covariance @ row)
 
 
 @dataclass(frozen=True)
@@ -223,6 +237,14 @@ class RecencyFit:
             ends = np.exp([mean, mean - 2 * deviation, mean + 2 * deviation])
             found[name] = (float(ends[0]), float(ends[1]), float(ends[2]))
         return found
+
+    def extrapolated(self, trajectory: Trajectory) -> list[str]:
+        """Returns the evaluated sources for which a run is farther off than all fitted ones."""
+        return [
+            name
+            for name, target in self.targets.items()
+            if target.leverage(trajectory, self.peak) > target.max_leverage * (1 + 1e-9)
+        ]
 
     def score(self, trajectory: Trajectory, goal: Mapping[str, float], caution: float) -> float:
         """Returns the weighted mean of predicted log losses plus ``caution`` standard deviations.
@@ -252,7 +274,7 @@ def merge_replicates(observations: Sequence[Observation]) -> list[Observation]:
     for group in groups.values():
         names = [name for name in group[0].losses if all(name in one.losses for one in group)]
         losses = {name: float(np.mean([one.losses[name] for one in group])) for name in names}
-        merged.append(Observation(group[0].name, group[0].trajectory, losses))
+        merged.append(replace(group[0], losses=losses, num_seeds=len(group)))
     return merged
 
 
@@ -266,7 +288,7 @@ def fit_recency(observations: Sequence[Observation], sources: Sequence[str]) -> 
     Raises:
         UserError: There are too few runs for the parameters, or losses are missing.
     """
-    least = len(sources) + 4
+    least = 2 * (len(sources) + 4)  # twice the parameters of a source
     if len(observations) < least:
         raise UserError(
             f"{len(observations)} runs cannot determine a fit with {len(sources)} sources; give at "
@@ -287,11 +309,14 @@ def fit_recency(observations: Sequence[Observation], sources: Sequence[str]) -> 
         for saturation in SATURATIONS:
             grid.append((span * length, lasting, saturation * length))
             designs.append(_design(np.stack(rows), saturation * length))
-    smoothers = np.stack([_leave_one_out(design) for design in designs])
+    groups = [one.group or f"{number}" for number, one in enumerate(observations)]
+    weights = np.array([one.num_seeds for one in observations], np.float64)
+    weights /= weights.mean()
+    smoothers = np.stack([_leave_groups_out(design, groups, weights) for design in designs])
     targets = {}
     for name in names:
         y = np.log([one.losses[name] for one in observations])
-        targets[name] = _fit_target(grid, designs, smoothers @ y, y)
+        targets[name] = _fit_target(grid, designs, smoothers @ y, y, groups, weights)
     return RecencyFit(tuple(sources), peak, targets)
 
 
@@ -300,26 +325,30 @@ def _fit_target(
     designs: Sequence[FloatArray],
     residuals: FloatArray,
     y: FloatArray,
+    groups: Sequence[str],
+    weights: FloatArray,
 ) -> TargetFit:
-    """Chooses the nonlinear parameters by leave-one-out error, and estimates the error of that.
+    """Chooses the nonlinear parameters by leave-group-out error, and estimates the error of that.
 
-    ``residuals`` is float64[grid, runs], the errors of predicting each run from all others.
+    ``residuals`` is float64[grid, runs], the errors of predicting each run from other groups.
     """
-    squares = residuals**2
+    squares = weights * residuals**2
     best = int(np.argmin(squares.sum(axis=1)))
-    # Nested: run i is predicted with the parameters that are best for the other runs.
-    chosen = np.argmin(squares.sum(axis=1)[:, None] - squares, axis=0)
+    # A group is predicted with the parameters that are best for the others.
+    is_same = np.array([[one == other for other in groups] for one in groups])
+    chosen = np.argmin(squares @ ~is_same, axis=0)
     errors = residuals[chosen, np.arange(len(y))]
     design = designs[best]
-    covariance = np.asarray(np.linalg.inv(_normal(design)), np.float64)
+    covariance = np.asarray(np.linalg.inv(_normal(design, weights)), np.float64)
     span, lasting, saturation = grid[best]
     return TargetFit(
         span=span,
         lasting=lasting,
         saturation=saturation,
-        coefficients=covariance @ design.T @ y,
+        coefficients=covariance @ design.T @ (weights * y),
         covariance=covariance,
         sigma=float(np.sqrt(np.mean(errors**2))),
+        max_leverage=float(np.einsum("ij,jk,ik->i", design, covariance, design).max()),
         num_runs=len(y),
         spread=float(np.std(y)),
     )
@@ -331,21 +360,27 @@ def _design(masses: FloatArray, saturation: float) -> FloatArray:
     return np.concatenate([np.ones_like(logs[..., :1]), logs], axis=-1)
 
 
-def _normal(design: FloatArray) -> FloatArray:
-    """Returns ``X'X`` with a slight ridge on the slopes, for sources that no run varies."""
+def _normal(design: FloatArray, weights: FloatArray) -> FloatArray:
+    """Returns ``X'WX`` with a slight ridge on the slopes, for sources that no run varies."""
     ridge = _RIDGE * len(design) * np.eye(design.shape[1])
     ridge[0, 0] = 0
-    return np.asarray(design.T @ design + ridge)
+    return np.asarray(design.T @ (weights[:, None] * design) + ridge)
 
 
-def _leave_one_out(design: FloatArray) -> FloatArray:
-    """Returns the matrix that maps values to their errors when each is predicted from the others.
+def _leave_groups_out(design: FloatArray, groups: Sequence[str], weights: FloatArray) -> FloatArray:
+    """Returns the matrix that maps values to their errors when their group is left out.
 
-    For least squares with hat matrix H, the error of value i is ``(y - H y)_i / (1 - H_ii)``.
+    For least squares with hat matrix H, the errors of a group g are
+    ``(I - H_gg)^-1 (y - H y)_g``.
     """
-    hat = design @ np.linalg.solve(_normal(design), design.T)
-    left = np.maximum(1 - np.diag(hat), 1e-6)
-    return np.asarray((np.eye(len(hat)) - hat) / left[:, None])
+    hat = design @ np.linalg.solve(_normal(design, weights), design.T * weights)
+    errors = np.eye(len(hat)) - hat
+    for group in dict.fromkeys(groups):
+        rows = np.array([k for k, one in enumerate(groups) if one == group])
+        own = errors[np.ix_(rows, rows)]
+        # Without its group, a source that no other run varies is left to the ridge.
+        errors[rows] = np.linalg.solve(own + 1e-6 * np.eye(len(rows)), errors[rows])
+    return np.asarray(errors)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ def main() -> None:
             f"note: the highest learning rate is {ratio:.3g} times that of the runs, so the "
             "prediction extrapolates"
         )
+    if names := fit.extrapolated(proposal.trajectory):
+        print(
+            f"note: the schedule is farther from the runs than these are from each other: the "
+            f"prediction extrapolates for {', '.join(names)}"
+        )
     shares = proposal.trajectory.tokens.sum(axis=0) / num_tokens
     print("tokens: " + ", ".join(f"{n} {s:.1%}" for n, s in zip(sources, shares, strict=True)))
     text = dump_yaml({"data": {"schedule": block}})

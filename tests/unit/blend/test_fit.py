@@ -6,6 +6,7 @@ import pytest
 from megatron_chatflow.blend.fit import (
     Observation,
     Trajectory,
+    _leave_groups_out,
     fit_recency,
     merge_replicates,
     propose_schedule,
@@ -140,13 +141,37 @@ def test_runs_that_read_the_same_count_once() -> None:
     again = [Observation("again", runs[0].trajectory, {name: 9.0 for name in SOURCES}), *runs[1:]]
     merged = merge_replicates([*runs, *again])
     assert [one.name for one in merged] == ["run 0", "run 1", "run 2"]
+    assert [one.num_seeds for one in merged] == [2, 2, 2]
     assert merged[0].losses["chinese"] == pytest.approx((runs[0].losses["chinese"] + 9) / 2)
 
 
+def test_groups_are_left_out_together_with_the_weights_of_their_seeds() -> None:
+    """Against a fit of the other runs, with each run as often as it has seeds."""
+    rng = np.random.default_rng(2)
+    design = np.concatenate([np.ones((12, 1)), rng.normal(size=(12, 3))], axis=1)
+    y, groups = rng.normal(size=12), [f"{k // 2}" for k in range(12)]
+    seeds = rng.integers(1, 4, 12)
+    errors = _leave_groups_out(design, groups, seeds / seeds.mean()) @ y
+    for group in set(groups):
+        rows = [k for k in range(12) if groups[k] != group for _ in range(seeds[k])]
+        found = np.linalg.lstsq(design[rows], y[rows], rcond=None)[0]
+        for k in (k for k in range(12) if groups[k] == group):
+            assert errors[k] == pytest.approx(y[k] - design[k] @ found, abs=0.02)
+
+
+def test_schedules_outside_the_runs_extrapolate() -> None:
+    runs, _ = random_runs(20, 0.2, 0.2)
+    fit = fit_recency(runs, SOURCES)
+    assert fit.extrapolated(runs[0].trajectory) == []
+    alone = np.zeros((PARTS, len(SOURCES)))
+    alone[:, 2] = LENGTH / PARTS
+    assert fit.extrapolated(Trajectory(rates(False), alone)) == list(SOURCES)
+
+
 def test_what_cannot_be_fitted_is_refused() -> None:
-    runs, _ = random_runs(7, 0.2, 0.2)
-    with pytest.raises(UserError, match="6 runs cannot determine a fit with 3 sources"):
-        fit_recency(runs[:6], SOURCES)
+    runs, _ = random_runs(14, 0.2, 0.2)
+    with pytest.raises(UserError, match="13 runs cannot determine a fit with 3 sources"):
+        fit_recency(runs[:13], SOURCES)
     fit = fit_recency(runs, SOURCES)
     with pytest.raises(UserError, match="goal: french was not evaluated"):
         propose_schedule(fit, {"french": 1.0}, rates(False), LENGTH)

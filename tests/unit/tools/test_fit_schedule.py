@@ -105,7 +105,7 @@ def test_mistakes_are_one_line(runs: list[Path], tiny_run: TinyRun, tmp_path: Pa
     both.write_text('{"runs": {"x": {"model": "a"}, "y": {"model": "b"}}}')
     good = ["--goal", "second=1"]
     for arguments, message in (
-        ([*runs[:4], *good], "4 runs cannot determine a fit with 2 sources; give at least 6"),
+        ([*runs[:4], *good], "4 runs cannot determine a fit with 2 sources; give at least 12"),
         ([empty, *good], "metrics.jsonl: cannot be read (No such file or directory)"),
         ([untold, *good], "is not of a finished run (KeyError('sources'))"),
         ([both, *good], "name one of its models with --model: a, b"),

@@ -177,6 +177,16 @@ def write_probe_files(folder: Path) -> None:
     (folder / "pairs.jsonl").write_text("\n".join(sentences))
 
 
+def test_a_second_study_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    lock = command._lock(tmp_path)
+    with pytest.raises(UserError, match="another study is writing there"):
+        command._lock(tmp_path)
+    lock.release()
+    command._lock(tmp_path).release()
+    with pytest.raises(UserError, match="leave out --quick"):
+        command.main(["--quick", "--report"])
+
+
 @pytest.mark.parametrize("which", [FULL, QUICK])
 def test_configurations_pass_a_dry_run(which: study.Study, data: Path, tmp_path: Path) -> None:
     runs = [run for run in plan(which) if run.model == "small" and not run.is_proposed]
