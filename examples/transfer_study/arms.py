@@ -119,6 +119,8 @@ def draws(block: Block, budget: Budget) -> dict[str, npt.NDArray[np.int64]]:
 def check_equal_totals(budget: Budget) -> None:
     """Checks that the arms of equal totals draw the same samples in the same order per source.
 
+    All arms must have as many samples, and those of equal totals the same tail.
+
     Raises:
         AssertionError: They do not, which would be a fault of this module or of the blend.
     """
@@ -126,10 +128,12 @@ def check_equal_totals(budget: Budget) -> None:
     boundary = (budget.iterations - budget.tail_iterations) * budget.samples_per_iteration
     tails = []
     for has_tail in (False, True):
-        for arm in EQUAL_ARMS:
+        for arm in ARMS:
             found = draws(make_schedule(arm, budget, has_tail=has_tail), budget)
+            assert sum(map(len, found.values())) == budget.num_samples, arm
             for name, indices in found.items():
-                assert np.array_equal(indices, np.arange(wanted[name])), f"{arm}, {name}"
+                count = wanted[name] if arm in EQUAL_ARMS else len(indices)
+                assert np.array_equal(indices, np.arange(count)), f"{arm}, {name}"
     for arm in EQUAL_ARMS:
         block = make_schedule(arm, budget, has_tail=True)
         schedule = Schedule.from_dict(block, SOURCES, budget.samples_per_iteration)

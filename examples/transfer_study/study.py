@@ -66,6 +66,8 @@ REFERENCE = "static"
 PROPOSED = "proposed"
 PROPOSED_STATIC = "proposed_static"
 """The proposed schedule, and the static one that draws the same samples of each source."""
+SEQ_LENGTH = 512
+"""Tokens of a sample, in all recipes."""
 FORMAT_VERSION = 2
 NUM_FOUNDATION_THREADS = 2
 """Threads that train a foundation on CPUs; their number affects the order of sums."""
@@ -391,6 +393,7 @@ def evaluation_config(model: ModelSize) -> dict[str, Any]:
 def _recipe(model: ModelSize, iterations: int) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((HERE / f"{model.name}.yaml").read_text("utf-8"))
     config["train"]["global_batch_size"] = model.budget.samples_per_iteration
+    config["data"] = {"seq_length": SEQ_LENGTH}
     # A short run does not consist of its warmup.
     warmup = min(config["optimizer"]["lr_warmup_iters"], iterations // 8)
     config["optimizer"]["lr_warmup_iters"] = warmup
@@ -564,7 +567,7 @@ class Clock:
         ]
         measured = self._measured.get(run.model) or before
         rate = fmean(measured) if measured else 1.2 / model.tokens_per_second
-        return rate * run_budget(run, model).num_samples * 512
+        return rate * run_budget(run, model).num_samples * SEQ_LENGTH
 
     def has_time_for(self, seconds: float) -> bool:
         """Returns whether something that takes so long would end before the limit."""
@@ -697,7 +700,7 @@ def prepare(model: ModelSize, study: Study, results: Results, clock: Clock) -> P
     wanted = {name: facts[name] for name in ("foundation", "evaluation")}
     found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     if found.get("made_of") != wanted:
-        tokens = (model.foundation_iterations + model.budget.iterations) * 512
+        tokens = (model.foundation_iterations + model.budget.iterations) * SEQ_LENGTH
         tokens *= model.budget.samples_per_iteration
         if not clock.has_time_for(tokens / model.tokens_per_second):
             raise OutOfTimeError

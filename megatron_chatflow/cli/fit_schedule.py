@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chatflow.blend.fit import (
+    NUM_PARTS,
     FloatArray,
     RecencyFit,
     fit_recency,
@@ -29,17 +30,16 @@ Fits how their final validation losses depend on what each run read, when, and a
 rate, and searches the schedule of another run that is predicted to be best.
 
 The runs should differ in their schedules and have the model, the start and the validation data in
-common; a dozen short runs with random knots are enough for four sources. The length, the learning
+common; 16 short runs with random knots are the least for four sources. The length, the learning
 rate and the sources of the proposal are those of --config, whose schedule does not matter. Prints
 the predicted losses with intervals of two standard deviations, beside the error of predicting each
-run from all others.
+run from all others. Says for which sources the proposal is farther off than all runs.
 """
 EXAMPLES = """examples:
   %(prog)s runs/random_* --config run.yaml --goal chinese=2 english=1 --output schedule.yaml
   %(prog)s runs/random_* --config run.yaml --goal chinese=1 --max-tokens instruction=5M
   %(prog)s examples/transfer_study/results.json --model small --config run.yaml --goal chinese=1
 """
-_NUM_PARTS = 60
 _LEARNING_RATES = 100_000
 
 
@@ -138,7 +138,7 @@ def _parse() -> argparse.Namespace:
 def mean_learning_rates(config: RunConfig, length: RunLength) -> FloatArray:
     """Returns the mean learning rate of equal parts of a run, float64[num_parts]."""
     last = length.last_iteration
-    num_parts = min(_NUM_PARTS, last)
+    num_parts = min(NUM_PARTS, last)
     # In a longer run, the rate of some iterations stands for those between them.
     iterations = np.unique(np.linspace(0, last - 1, min(last, _LEARNING_RATES)).astype(np.int64))
     places = (
