@@ -207,8 +207,8 @@ class LanguageModel:
         own = self._own_template
         if own is None:
             raise UserError(
-                f"--chat-template-kwargs: {self.folder} has no chat template; set one with "
-                "--chat-template"
+                f"{self.folder}: has no chat template, and variables of one are given; use a model "
+                "with a template, or remove them"
             )
         self._own_template = replace(
             own, source=with_default_variables(own.source, dict(variables))
