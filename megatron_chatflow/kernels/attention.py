@@ -96,6 +96,7 @@ class Facts:
         has_cudnn: Whether torch has cuDNN.
         import_error: Returns why a library cannot be imported.
         window: The sliding window in tokens; None without one.
+        cudnn_version: cuDNN's version as it states it, such as 90600 for 9.6; None if unknown.
     """
 
     capability: tuple[int, int] | None
@@ -106,6 +107,7 @@ class Facts:
     has_cudnn: bool
     import_error: Callable[[str], str | None] = import_error
     window: int | None = None
+    cudnn_version: int | None = None
 
 
 def gather_facts(
@@ -124,6 +126,7 @@ def gather_facts(
         except metadata.PackageNotFoundError:
             continue
     is_cuda = device.type == "cuda"
+    cudnn_version = torch.backends.cudnn.version() if is_cuda else None  # type: ignore[no-untyped-call]
     return Facts(
         capability=torch.cuda.get_device_capability(device) if is_cuda else None,
         dtype=dtype,
@@ -132,6 +135,7 @@ def gather_facts(
         installed=installed,
         has_cudnn=is_cuda and torch._C._has_cudnn,
         window=window,
+        cudnn_version=cudnn_version,
     )
 
 

@@ -136,8 +136,32 @@ def _reason_against(train: TrainConfig, facts: Facts) -> str | None:
     if train.attention_backend == "flash" and not any("flash_attn" in n for n in facts.installed):
         return "--attention-backend flash needs flash-attn in them, which is not installed"
     if train.transformer_impl == TRANSFORMER_ENGINE:
-        return unavailable(TRANSFORMER_ENGINE, facts)
-    return obstacle(TRANSFORMER_ENGINE, facts)
+        reason = unavailable(TRANSFORMER_ENGINE, facts)
+    else:
+        reason = obstacle(TRANSFORMER_ENGINE, facts)
+    return reason or _obstacle_to_window(train.attention_backend, facts)
+
+
+def _obstacle_to_window(backend: str, facts: Facts) -> str | None:
+    """Returns why transformer-engine has no sliding window on this machine; None if it has one.
+
+    Of its kernels for packed documents, flash-attn's have windows. cuDNN's have them since 9.6, on
+    GPUs since sm_90, and transformer-engine does not use 9.10.0 and 9.10.1. See
+    ``nvte_get_fused_attn_backend`` in its ``fused_attn.cpp``.
+    """
+    has_flash = any("flash_attn" in name for name in facts.installed) and backend != "cudnn"
+    if facts.window is None or facts.capability is None or has_flash:
+        return None
+    version = facts.cudnn_version
+    is_old = version is not None and (version < 90600 or version in (91000, 91001))
+    if facts.capability >= (9, 0) and not is_old:
+        return None
+    major, minor = facts.capability
+    found = "" if version is None else f" and cuDNN {version // 10000}.{version // 100 % 100}"
+    return (
+        "its sliding window for packed documents needs flash-attn, or cuDNN 9.6 (not 9.10.0 or "
+        f"9.10.1) on sm_90 or newer; here are sm_{major}{minor}{found}"
+    )
 
 
 def _theirs(facts: Facts, backend: str) -> Layers:

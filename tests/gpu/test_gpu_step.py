@@ -1,7 +1,7 @@
 """Compares whole training steps on a GPU with the same steps on a CPU."""
 
 import pytest
-from step_worker import take_steps
+from step_worker import ARCHITECTURES, take_steps
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
@@ -21,3 +21,12 @@ def test_the_first_step_in_bf16_is_near_a_cpu_s_in_fp32() -> None:
     actual, exact = take_steps("bf16", on_gpu=True), take_steps("fp32", on_gpu=False)
     assert actual["losses"][0] == pytest.approx(exact["losses"][0], rel=1e-3)
     assert actual["norms"][0] == pytest.approx(exact["norms"][0], rel=1e-2)
+
+
+@pytest.mark.parametrize("fields", ARCHITECTURES)
+def test_steps_of_other_architectures_follow_those_of_a_cpu(fields: str) -> None:
+    """With the layers of transformer-engine, where it is installed."""
+    actual = take_steps("bf16", on_gpu=True, model=fields)
+    expected = take_steps("bf16", on_gpu=False, model=fields)
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=4e-3)
+    assert actual["norms"] == pytest.approx(expected["norms"], rel=4e-2)

@@ -73,7 +73,7 @@ class Results:
             self.outcomes[name] = "passed", ""
 
 
-def simulated_steps(dtype: str, micro_batch_size: int) -> dict[str, Any]:
+def simulated_steps(dtype: str, micro_batch_size: int, model: str = "{}") -> dict[str, Any]:
     """Runs `step_worker` in a fork, because it initializes megatron-core's global state."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -82,7 +82,7 @@ def simulated_steps(dtype: str, micro_batch_size: int) -> dict[str, Any]:
         status = 1
         try:
             with contextlib.redirect_stdout(output):
-                step_worker.main(dtype, micro_batch_size)
+                step_worker.main(dtype, micro_batch_size, json.loads(model))
             os.write(writing, output.getvalue().splitlines()[-1].encode())
             status = 0
         finally:
@@ -103,11 +103,13 @@ def replace_steps() -> None:
     A CPU's numbers would be compared with made-up ones, so there are none. The steps run before
     all tests: autograd cannot be used in a fork after it was used.
     """
-    steps = {key: simulated_steps(*key) for key in product(("fp32", "bf16"), (1, 2))}
+    keys = [(*key, "{}") for key in product(("fp32", "bf16"), (1, 2))]
+    keys += [("bf16", 2, model) for model in step_worker.ARCHITECTURES]
+    steps = {key: simulated_steps(*key) for key in keys}
     none = dict.fromkeys(("losses", "norms"), [0.0] * step_worker.NUM_STEPS)
     module: Any = step_worker
-    module.take_steps = lambda dtype, *, on_gpu, micro_batch_size=2: (
-        steps[dtype, micro_batch_size] if on_gpu else none
+    module.take_steps = lambda dtype, *, on_gpu, micro_batch_size=2, model="{}": (
+        steps[dtype, micro_batch_size, model] if on_gpu else none
     )
 
 

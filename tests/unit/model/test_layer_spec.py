@@ -23,13 +23,15 @@ def chosen(
     capability: Any = (9, 0),
     installed: Any = "2.9",
     backend: Any = "auto",
+    has_flash: bool = False,
     **facts: Any,
 ) -> tuple[str, str]:
     values = {"dtype": torch.bfloat16, "head_dim": 128, "import_error": lambda name: None, **facts}
+    libraries = {"transformer_engine": installed} if installed else {}
     here = Facts(
         capability=capability,
         deterministic=False,
-        installed={"transformer_engine": installed} if installed else {},
+        installed={**libraries, **({"flash_attn_2": "2.7"} if has_flash else {})},
         has_cudnn=False,
         **values,
     )
@@ -89,6 +91,28 @@ def test_a_request_is_followed_wherever_the_library_can_be_imported() -> None:
 def test_a_request_that_cannot_be_followed_is_refused(facts: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         chosen("transformer_engine", **facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "has_window"),
+    [
+        ({"cudnn_version": 90600}, True),
+        ({"cudnn_version": 91002}, True),
+        ({"cudnn_version": None}, True),
+        ({"cudnn_version": 90501}, False),
+        ({"cudnn_version": 91000}, False),
+        ({"cudnn_version": 91002, "capability": (8, 0)}, False),
+        ({"cudnn_version": 90501, "has_flash": True}, True),
+    ],
+)
+def test_a_window_needs_a_kernel_in_transformer_engine(facts: Any, has_window: bool) -> None:
+    name, description = chosen("auto", window=4096, **facts)
+    assert (name == "transformer_engine") == has_window
+    assert chosen("auto", **facts)[0] == "transformer_engine"
+    if not has_window:
+        assert "its sliding window for packed documents needs flash-attn, or cuDNN" in description
+        with pytest.raises(UserError, match="needs flash-attn, or cuDNN 9.6"):
+            chosen("transformer_engine", window=4096, **facts)
 
 
 OFFLOADING = {"fine_grained_activation_offloading": True, "offload_modules": ("core_attn",)}
