@@ -342,10 +342,34 @@ def draw_figures(analysis: Analysis) -> dict[str, bytes]:
         raise UserError(
             "matplotlib is not installed; run pip install 'megatron-chatflow[report]'"
         ) from None
-    settings = analysis.settings()
+    compared = {*EQUAL_ARMS, PROPOSED} - {REFERENCE}
+    settings = [one for one in analysis.settings() if compared & set(analysis.arms(one))]
     figures = {}
+    if settings:
+        figures |= {
+            "differences": _draw_differences(Figure, analysis, settings),
+            "curves": _draw_curves(Figure, analysis, settings),
+        }
 
-    figure = Figure(figsize=(11, 2.6 * len(settings)), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    arms = _in_order([cell.arm for cell in analysis.runs])
+    grid = figure.subplots(2, -(-len(arms) // 2), squeeze=False).ravel()
+    for axes, arm in zip(grid, arms, strict=False):
+        cells = [cell for cell in analysis.runs if cell.arm == arm]
+        cell = min(cells, key=lambda cell: cell.has_tail)
+        _draw_shares(axes, next(iter(analysis.runs[cell].values())), arm)
+    for axes in grid[len(arms) :]:
+        axes.set_axis_off()
+    grid[0].legend(fontsize="small")
+    figures["arms"] = _png(figure)
+    return figures
+
+
+def _draw_differences(
+    make_figure: Any, analysis: Analysis, settings: Sequence[tuple[str, str, bool]]
+) -> bytes:
+    """Draws final differences to the static arm by source, for each setting."""
+    figure = make_figure(figsize=(11, 2.6 * len(settings)), layout="constrained")
     rows = figure.subplots(len(settings), 1, squeeze=False)[:, 0]
     for axes, setting in zip(rows, settings, strict=True):
         arms = [arm for arm in _in_order(analysis.arms(setting)) if arm in _STYLES]
@@ -367,10 +391,15 @@ def draw_figures(analysis: Analysis) -> dict[str, bytes]:
         axes.set_ylabel("bits per byte\nminus static")
         axes.set_title(_name_of(setting), fontsize="medium")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figures["differences"] = _png(figure)
+    return _png(figure)
 
+
+def _draw_curves(
+    make_figure: Any, analysis: Analysis, settings: Sequence[tuple[str, str, bool]]
+) -> bytes:
+    """Draws differences to the static arm over the run, for each setting."""
     shown_sources = ("chinese", "english", "instruction")
-    figure = Figure(figsize=(12, 3.2 * len(settings)), layout="constrained")
+    figure = make_figure(figsize=(12, 3.2 * len(settings)), layout="constrained")
     grid = figure.subplots(len(settings), len(shown_sources), squeeze=False)
     for line, setting in zip(grid, settings, strict=True):
         for axes, source in zip(line, shown_sources, strict=True):
@@ -390,22 +419,8 @@ def draw_figures(analysis: Analysis) -> dict[str, bytes]:
             axes.set_title(f"{_name_of(setting)}: {source}", fontsize="small")
             axes.set_xlabel("million tokens")
             axes.set_ylabel("bits per byte\nminus static")
-        if line[-1].has_data() and line[-1].get_legend_handles_labels()[0]:
-            line[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figures["curves"] = _png(figure)
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    arms = _in_order([cell.arm for cell in analysis.runs])
-    grid = figure.subplots(2, -(-len(arms) // 2), squeeze=False).ravel()
-    for axes, arm in zip(grid, arms, strict=False):
-        cells = [cell for cell in analysis.runs if cell.arm == arm]
-        cell = min(cells, key=lambda cell: cell.has_tail)
-        _draw_shares(axes, next(iter(analysis.runs[cell].values())), arm)
-    for axes in grid[len(arms) :]:
-        axes.set_axis_off()
-    grid[0].legend(fontsize="small")
-    figures["arms"] = _png(figure)
-    return figures
+        line[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return _png(figure)
 
 
 def curve_of_differences(
