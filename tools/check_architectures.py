@@ -4,9 +4,8 @@
 ``python tools/check_architectures.py`` builds small random models with the proportions of published
 ones, imports and exports each of them, also with a larger vocabulary, loads it at every parallel
 layout on two processes, trains it for a step, and prints a Markdown table of the largest
-differences. ``--page
-docs/architectures.md`` replaces the table of that page. A new architecture needs an entry in
-`MODELS`.
+differences. ``--page docs/architectures.md`` replaces the table of that page. A new architecture
+needs an entry in `MODELS`.
 """
 
 from megatron_chatflow.errors import exit_on_interrupt
