@@ -84,13 +84,9 @@ def longest_text(model: Any) -> int:
     if model.rope_scaling_type == "dynamic":
         return int(longest * model.rope_scaling_factor)
     if model.rope_scaling_type == "yarn":
-        return max(longest, yarn_length(model))
+        original: int = model.rope_original_max_position_embeddings
+        return max(longest, int(original * model.rope_scaling_factor))
     return longest
-
-
-def yarn_length(model: Any) -> int:
-    """Returns the length in tokens to which YaRN extends a model section or shape."""
-    return int(model.rope_original_max_position_embeddings * model.rope_scaling_factor)
 
 
 def without_other_rope(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

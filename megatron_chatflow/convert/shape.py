@@ -20,7 +20,6 @@ from megatron_chatflow.config.architectures import (
     dynamic_base,
     huggingface_rope,
     longest_text,
-    yarn_length,
 )
 from megatron_chatflow.config.huggingface import model_of_config, model_of_huggingface
 from megatron_chatflow.config.problems import describe
@@ -185,7 +184,7 @@ def check_transformers(version: str, shape: LlamaShape) -> None:
         if has_it:
             raise UserError(
                 f"transformers: version {version} may compute {part} differently; run pip install "
-                "'transformers>=4.57'"
+                "'transformers>=4.57.1'"
             )
 
 
@@ -197,8 +196,8 @@ def huggingface_config(
 ) -> dict[str, Any]:
     """Returns the content of a model's config.json.
 
-    With YaRN, ``max_position_embeddings`` is the extended length: transformers 4 replaces the
-    factor by ``max_position_embeddings / original_max_position_embeddings``.
+    With YaRN, ``max_position_embeddings`` is the extended length: transformers 4.51 to 4.53 replace
+    the factor by ``max_position_embeddings / original_max_position_embeddings``.
 
     Args:
         shape: The model's shape.
@@ -209,7 +208,7 @@ def huggingface_config(
     architecture = architecture or architecture_of(shape)
     theirs = {theirs: getattr(shape, ours) for theirs, ours in CONFIG_NAMES.items()}
     if shape.rope_scaling_type == "yarn":
-        theirs["max_position_embeddings"] = yarn_length(shape)
+        theirs["max_position_embeddings"] = shape.longest
     return {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,

@@ -80,9 +80,9 @@ def trained_chat_template(
                 of_format = pairs if record.get("format") == "pairs" else chats
                 name = str(record.get("chat_template") or record.get("name"))
                 variables = record.get("variables")
-                jinja = with_default_variables(
-                    record["jinja"], variables if isinstance(variables, dict) else {}
-                )
+                variables = variables if isinstance(variables, dict) else {}
+                name += f" with {json.dumps(variables, ensure_ascii=False)}" if variables else ""
+                jinja = with_default_variables(record["jinja"], variables)
                 of_format.setdefault(jinja, {})[source] = name
     templates = chats or pairs
     if not templates:

@@ -230,9 +230,13 @@ def check_layers(train: TrainConfig, parallel: ParallelConfig, facts: Facts, lay
     offloading = "train.fine_grained_activation_offloading"
     requested += [offloading] if train.fine_grained_activation_offloading else []
     if requested and layers == LOCAL:
-        reason = unavailable(TRANSFORMER_ENGINE, facts) or "another implementation is in use"
+        advice = "install it"
+        reason = unavailable(TRANSFORMER_ENGINE, facts)
+        if reason is None:
+            advice = "change that"
+            reason = _reason_against(train, facts) or "another implementation is in use"
         raise UserError(
-            f"{requested[0]}: needs the layers of transformer-engine, and {reason}; install it, or "
+            f"{requested[0]}: needs the layers of transformer-engine, and {reason}; {advice}, or "
             "remove the setting"
         )
     of_gpus = {

@@ -19,6 +19,7 @@ chat does not contain, and the guard is removed after rendering.
 
 import json
 import keyword
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,19 +112,23 @@ def template_variables(text: str) -> TemplateVariables:
 def with_default_variables(source: str, variables: Mapping[str, object]) -> str:
     """Returns a template's Jinja source that sets variables that its caller leaves undefined.
 
-    The values are texts, numbers, booleans or None. A name that templates cannot read as a
+    The values are texts, finite numbers, booleans or None. A name that templates cannot read as a
     variable, and a value of another type, are left out.
     """
     lines = []
     for name, value in sorted(variables.items()):
         reserved = keyword.iskeyword(name) or name in ("true", "false", "none")
         if name.isascii() and name.isidentifier() and not reserved:
-            if value is None or isinstance(value, bool | int | float | str):
+            is_number = isinstance(value, int | float) and math.isfinite(value)
+            if value is None or is_number or isinstance(value, str):
                 literal = "none" if value is None else json.dumps(value, ensure_ascii=False)
                 condition = f"{{% if {name} is not defined %}}"
-                lines.append(f"{condition}{{% set {name} = {literal} %}}{{% endif %}}\n")
-    prefix = "".join(lines)  # the newline behind a block is not part of the text
-    return source if source.startswith(prefix) else prefix + source
+                lines.append(f"{condition}{{% set {name} = {literal} %}}{{% endif %}}")
+    prefix = "".join(lines)
+    if source.startswith(prefix):
+        return source
+    # Behind a block, transformers leaves out a newline, here instead of one that is text.
+    return prefix + ("\n" if prefix and source.startswith("\n") else "") + source
 
 
 def chat_of_exchanges(system: str | None, exchanges: Sequence[tuple[str, str]]) -> Chat:

@@ -19,6 +19,7 @@ from megatron_chatflow.convert.shape import (
     check_transformers,
     huggingface_config,
     shape_of_checkpoint,
+    shape_of_config,
     shape_of_huggingface,
     trained_shape,
 )
@@ -100,11 +101,26 @@ def test_yarn_is_that_of_transformers(name: str, base: float, tmp_path: Path) ->
     assert rotary.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
     # What is exported is read as the same model, here and by transformers.
     (tmp_path / "config.json").write_text(json.dumps(huggingface_config(read, torch.float32, {})))
-    length = int(rope["original_max_position_embeddings"] * read.rope_scaling_factor)
-    assert shape_of_huggingface(tmp_path) == replace(read, max_position_embeddings=length)
+    assert shape_of_huggingface(tmp_path) == replace(read, max_position_embeddings=read.longest)
     again = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
     assert torch.equal(again.inv_freq, theirs.inv_freq)
     assert again.attention_scaling == theirs.attention_scaling
+
+
+def test_a_length_beyond_that_of_yarn_is_kept() -> None:
+    """With it, a window that only the longer of both lengths exceeds."""
+    yarn = {"rope_scaling_type": "yarn", "rope_scaling_factor": 2.0}
+    shape = replace(
+        SHAPE,
+        **yarn,
+        max_position_embeddings=32768,
+        rope_original_max_position_embeddings=8192,
+        window_size=(19999, 0),
+    )
+    written = huggingface_config(shape, torch.float32, {})
+    assert written["max_position_embeddings"] == 32768 and written["sliding_window"] == 20000
+    read = shape_of_config(Path("config.json"), written)
+    assert (read.longest, read.window) == (shape.longest, 20000) == (32768, shape.window)
 
 
 @pytest.mark.parametrize("kind", KINDS)

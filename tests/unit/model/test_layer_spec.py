@@ -128,6 +128,7 @@ def checked(
     installed: str = "2.9",
     overlap: bool = False,
     use_nccl_ub: bool = False,
+    window: int | None = None,
     **settings: Any,
 ) -> None:
     here = Facts(
@@ -138,6 +139,8 @@ def checked(
         installed={"transformer_engine": installed},
         has_cudnn=False,
         import_error=lambda name: None,
+        window=window,
+        cudnn_version=90501,
     )
     sizes: Any = {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1}
     parallel = ParallelConfig(
@@ -150,6 +153,10 @@ def checked(
     ("arguments", "message"),
     [
         ({"layers": "local", "fp8_format": "e4m3"}, "fp8_format: needs the layers of transformer-"),
+        (
+            {"layers": "local", "fp8_format": "e4m3", "window": 4096},
+            "fp8_format: needs the layers of transformer-engine, and its sliding window for packed",
+        ),
         (
             {"layers": "local", "cuda_graph_impl": "transformer_engine"},
             "train.cuda_graph_impl: needs the layers of transformer-engine, and",
