@@ -418,6 +418,8 @@ def _learning_rate_change(
         )
     except (ValidationError, UserError, TypeError):
         return ""
+    if old.train.train_iters is None and old.train.train_samples is None:  # a damaged config.yaml
+        return ""
     first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
     place = (resumed.iteration, resumed.consumed_samples)
     before = RunLength.of(old, *place, int(first))

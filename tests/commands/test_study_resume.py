@@ -37,32 +37,34 @@ def test_a_killed_arm_resumes(tiny_run: TinyRun, tmp_path: Path) -> None:
 
     class Recorder(Workers):
         def _start(self, number: int) -> Any:
-            process = super()._start(number)
-            pids.append(process.pid)
-            return process
+            worker = super()._start(number)
+            pids.append(worker.process.pid)
+            return worker
 
     workers = Recorder(1, 1)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    job = make_job(killed, "digest", config, {"from_scratch": True})
+    new = {"from_scratch": True}
+    job = make_job(killed, "digest", config, new, config)
     killer = threading.Thread(target=lambda: kill_when_saved(pids, killed))
     # The thread may begin before there is a process, but not before there is a checkpoint.
     killer.start()
     try:
         with pytest.raises(UserError, match=r"the training failed, see .*log\.txt"):
             workers.train(job)
-        resumed = workers.train(make_job(killed, "digest", config, {"from_scratch": True}))
-        undisturbed = workers.train(make_job(whole, "digest", config, {"from_scratch": True}))
+        resumed = workers.train(make_job(killed, "digest", config, new, config))
+        undisturbed = workers.train(make_job(whole, "digest", config, new, config))
     finally:
         killer.join()
         workers.close()
     assert len(pids) == 2  # the new worker trained both runs
     assert "loaded weights and optimizer state" in (killed / "log.txt").read_text()
     for result in (resumed, undisturbed):
-        assert result.pop("core_seconds") > 0
+        for name in ("core_seconds", "seconds", "training_seconds"):
+            assert result.pop(name) > 0
     assert resumed == undisturbed
     assert resumed["curve"][-1]["tokens"] == resumed["tokens"] == 40 * 8 * 64
     delete_checkpoints(whole)
     assert not list((whole / "run").glob("iter_*"))
     # A folder of another digest is emptied, so that nothing continues from its checkpoints.
-    make_job(killed, "other", config, {})
+    make_job(killed, "other", config, {}, config)
     assert not (killed / "run").exists()
