@@ -545,8 +545,8 @@ class TrainConfig:
     choice_language: Literal["en", "zh"] = "en"
     """language of the prompt around choice_questions"""
     eval_probes: tuple[Name, ...] = ()
-    """probes of transfer to evaluate during training, NAME[,KEY=VALUE...][:FILE] each, where NAME
-    is copy, fewshot, translation or pairs"""
+    """probes of transfer to evaluate during training, each as NAME, NAME:FILE or
+    NAME,KEY=VALUE,...:FILE, where NAME is copy, fewshot, translation or pairs"""
     probe_interval: PositiveCount | None = None
     """number of iterations between evaluations of eval_probes"""
     exit_interval: PositiveCount | None = None
