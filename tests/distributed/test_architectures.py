@@ -244,6 +244,13 @@ def test_a_larger_vocabulary_and_a_merge(
         torch.testing.assert_close(mean.read(name), expected)
 
 
+def check_verify(folder: Path, checkpoint: Path) -> None:
+    """Checks that ``verify`` finds an exported folder and its checkpoint to be the same model."""
+    done = run_tool("convert_checkpoint.py", "verify", "--hf", folder, "--checkpoint", checkpoint)
+    assert done.returncode == 0, done.stderr
+    assert "same model" in done.stdout
+
+
 @pytest.mark.distributed
 def test_a_byte_level_vocabulary_grows_in_surplus_rows(runs: Path, tmp_path: Path) -> None:
     """Extension, import, training and export of a Qwen3, and a second extension of the run."""
@@ -264,13 +271,7 @@ def test_a_byte_level_vocabulary_grows_in_surplus_rows(runs: Path, tmp_path: Pat
     wider = extend_tokenizer(new, ["\u9f98"], tmp_path / "wider", "merges")
     resize_checkpoint(runs / "bytes_run", tmp_path / "wider_run", Resize(wider))
     export_checkpoint(tmp_path / "wider_run", tmp_path / "wider_hf")
-    done = run_tool(
-        "convert_checkpoint.py",
-        "verify",
-        *("--hf", tmp_path / "wider_hf", "--checkpoint", tmp_path / "wider_run"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "same model" in done.stdout
+    check_verify(tmp_path / "wider_hf", tmp_path / "wider_run")
 
 
 @pytest.mark.distributed
@@ -281,13 +282,7 @@ def test_a_window_survives_resize_and_verify(runs: Path, tiny_run: TinyRun, tmp_
     export_checkpoint(tmp_path / "run", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["sliding_window"] == 9 and config["vocab_size"] == 660
-    done = run_tool(
-        "convert_checkpoint.py",
-        "verify",
-        *("--hf", tmp_path / "hf", "--checkpoint", tmp_path / "run"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "same model" in done.stdout
+    check_verify(tmp_path / "hf", tmp_path / "run")
 
 
 @pytest.mark.distributed

@@ -73,13 +73,15 @@ def test_equals_fp32_within_bf16(
     wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
     theirs = in_fp32(*wide, table, boundaries, window or num_tokens)
     their_gradients = torch.autograd.grad(theirs, wide, gradient.float())
-    for own, other in zip((ours, *our_gradients), (theirs, *their_gradients), strict=True):
+    for index, (own, other) in enumerate(
+        zip((ours, *our_gradients), (theirs, *their_gradients), strict=True)
+    ):
         assert own.shape == other.shape
-        # A window of one token leaves gradients of queries and keys that are 0.
-        assert (
-            float((own.float() - other).detach().norm())
-            <= 0.01 * float(other.detach().norm()) + 1e-3
-        )
+        # The weight of a single key is 1, whatever the query and the key are.
+        if window == 1 and index in (1, 2):
+            assert float(own.float().norm()) < 1e-3
+        else:
+            assert float((own.float() - other).norm() / other.norm()) < 0.01
 
 
 def test_long_documents_are_left_to_pytorch() -> None:
