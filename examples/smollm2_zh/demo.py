@@ -44,8 +44,8 @@ BASE = WORK / "base"
 VARIANTS = ("extended", "plain", "staged", "distilled")
 # Stages of the staged variant: the learning rate of the new rows as a multiple of the common one,
 # while they alone are trained and afterwards, and the part of the run in which they are.
-NEW_ROWS_FACTORS = (10.0, 4.0)
-FIRST_STAGE = 1 / 6
+NEW_ROWS_FACTORS = (20.0, 10.0)
+FIRST_STAGE = 1 / 12
 # A multiple of 128, like the original 49,152, so that no row is padding. The new tokens cover 99 %
 # of the Chinese characters in the demo's Chinese text.
 NUM_NEW_TOKENS = 3072
