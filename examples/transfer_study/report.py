@@ -162,15 +162,15 @@ def _state(analysis: Analysis, results: Results, study: Study, left_out: dict[st
             model,
             weights[:8],
             f"{facts['tokens']:,}",
-            f"{facts['curve'][0]['bits_per_byte']['english']:.3f}",
+            " to ".join(f"{facts['curve'][k]['bits_per_byte']['english']:.3f}" for k in (0, -1)),
             f"{facts['final']['english']:.3f}",
             f"{facts['final']['chinese']:.3f}",
         ]
         for model, known in sorted(results.foundations.items())
         for weights, facts in sorted(known.items())
     ]
-    head = ["foundation", "weights", "tokens", "English before (during training)"]
-    parts.append(_table([*head, "English", "Chinese"], rows))
+    head = ["foundation", "weights", "tokens", "English, on the text of the curves"]
+    parts.append(_table([*head, "English, on all held-out text", "Chinese"], rows))
     if left_out:
         parts.append("Left out:\n\n" + "\n".join(f"- {k}: {why}" for k, why in left_out.items()))
     return "\n\n".join(parts)
