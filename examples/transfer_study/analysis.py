@@ -90,7 +90,10 @@ class Reach:
         if not self.shares:
             return "-"
         middle, num_reached = median(self.shares), sum(map(math.isfinite, self.shares))
-        text = f"{100 * middle:.0f} %" if math.isfinite(middle) else "not reached"
+        if middle == 0:
+            text = "at the start"
+        else:
+            text = f"{100 * middle:.0f} %" if math.isfinite(middle) else "not reached"
         if num_reached < len(self.shares):
             text += f" ({num_reached} of {len(self.shares)} seeds reach it)"
         return text

@@ -6,7 +6,7 @@ them is generated, the rest is written by hand.
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -101,6 +101,8 @@ def make_sections(
         "primary": _primary(analysis),
         "state": _state(analysis, results, study, left_out),
         "held_out": _held_out(results),
+        "summary": _summary(analysis),
+        "recency_summary": _recency_summary(analysis),
         "verdicts": _verdicts(analysis),
         "recency": _recency(analysis),
         "final": "\n\n".join(_final_table(analysis, one) for one in settings),
@@ -195,12 +197,75 @@ def _held_out(results: Results) -> str:
 
 
 _NUMBERS = ("mean ± standard error", "seeds", "by noise alone")
+_RECENCY_PARTS: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
+    "recency, (dynamic - reversed) / 2": (
+        ("dynamic", "reversed"),
+        lambda ours, mirrored: (ours - mirrored) / 2,
+    ),
+    "the rest, (dynamic + reversed) / 2 - static": (
+        ("dynamic", "reversed", REFERENCE),
+        lambda ours, mirrored, static: (ours + mirrored) / 2 - static,
+    ),
+}
 
 
 def _numbers(found: Difference) -> list[str]:
     rate = found.false_positive_rate
     shown = f"{100 * rate:.0f} %" if np.isfinite(rate) else "-"
     return [_shown(found), str(found.num_seeds), shown]
+
+
+def _summary(analysis: Analysis) -> str:
+    """Returns dynamic minus static: a row for each measure, a column for each setting."""
+    cells = [Cell(*setting, "dynamic") for setting in analysis.settings()]
+    return _by_setting(
+        cells, analysis.measures, lambda cell, measure: [analysis.difference(cell, measure)]
+    )
+
+
+def _recency_summary(analysis: Analysis) -> str:
+    """Returns recency and the rest as `_recency` does, with a column for each setting."""
+    cells = [Cell(*setting, REFERENCE) for setting in analysis.settings()]
+    parts = _RECENCY_PARTS.values()
+    return _by_setting(
+        cells,
+        ("goal", *EVALUATED),
+        lambda cell, measure: [analysis.contrast(cell, measure, *part) for part in parts],
+    )
+
+
+def _by_setting(
+    cells: Sequence[Cell],
+    measures: Sequence[str],
+    find: Callable[[Cell, str], Sequence[Difference | None]],
+) -> str:
+    """Returns a table of differences, in bold where they are clear; settings without are left out.
+
+    Args:
+        cells: One arm in each setting.
+        measures: The measures.
+        find: Returns the differences that share a field of the table.
+    """
+    found = {cell: {one: find(cell, one) for one in measures} for cell in cells}
+    shown = {
+        cell: fields
+        for cell, fields in found.items()
+        if any(one is not None for field in fields.values() for one in field)
+    }
+    if not shown:
+        return "Not measured yet."
+    rows = [
+        [measure, *("; ".join(map(_marked, fields[measure])) for fields in shown.values())]
+        for measure in measures
+    ]
+    numbers = [
+        next(one for field in fields.values() for one in field if one is not None)
+        for fields in shown.values()
+    ]
+    rows.append(["seeds", *(str(one.num_seeds) for one in numbers)])
+    rows.append(["clear by noise alone", *(_numbers(one)[2] for one in numbers)])
+    names = [_name_of((cell.model, cell.learning_rate, cell.has_tail)) for cell in shown]
+    return _table(["measure", *names], rows)
 
 
 def _verdicts(analysis: Analysis) -> str:
@@ -218,19 +283,9 @@ def _verdicts(analysis: Analysis) -> str:
 
 def _recency(analysis: Analysis) -> str:
     """Returns what recency explains: half the difference between a ramp and its mirror image."""
-    parts = {
-        "recency, (dynamic - reversed) / 2": (
-            ("dynamic", "reversed"),
-            lambda ours, mirrored: (ours - mirrored) / 2,
-        ),
-        "the rest, (dynamic + reversed) / 2 - static": (
-            ("dynamic", "reversed", REFERENCE),
-            lambda ours, mirrored, static: (ours + mirrored) / 2 - static,
-        ),
-    }
     rows = []
     for setting in analysis.settings():
-        for name, (arms, combine) in parts.items():
+        for name, (arms, combine) in _RECENCY_PARTS.items():
             for measure in ("goal", *EVALUATED):
                 found = analysis.contrast(Cell(*setting, REFERENCE), measure, arms, combine)
                 if found is not None:
@@ -262,10 +317,7 @@ def _difference_table(analysis: Analysis, setting: tuple[str, str, bool]) -> str
         cell = Cell(*setting, arm)
         row = [arm]
         for measure in _measures(analysis, cell):
-            found = analysis.difference(cell, measure)
-            text = "-" if found is None else _shown(found)
-            is_clear = found is not None and found.verdict in ("lower", "higher")
-            row.append(f"**{text}**" if is_clear else text)
+            row.append(_marked(analysis.difference(cell, measure)))
         rows.append(row)
     measures = _measures(analysis, Cell(*setting, REFERENCE))
     return f"**{_name_of(setting)}**, arm - static\n\n" + _table(["arm", *measures], rows)
@@ -416,9 +468,10 @@ def _draw_curves(
                     **{**_STYLES[arm], "markersize": 4},
                 )
             axes.axhline(0, color="black", linewidth=0.8)
-            axes.set_title(f"{_name_of(setting)}: {source}", fontsize="small")
+            axes.set_title(source, fontsize="medium")
             axes.set_xlabel("million tokens")
-            axes.set_ylabel("bits per byte\nminus static")
+        name = _name_of(setting).replace(", common decay", ",\ncommon decay")
+        line[0].set_ylabel(f"{name}\nbits per byte minus static", fontsize="small")
         line[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return _png(figure)
 
@@ -475,7 +528,15 @@ def _name_of(setting: tuple[str, str, bool]) -> str:
 def _shown(found: Difference) -> str:
     if found.num_seeds < 2:
         return f"{found.mean:+.3f}"
-    return f"{found.mean:+.3f} ± {found.standard_error:.3f}"
+    digits = 4 if found.standard_error < 0.001 else 3
+    return f"{found.mean:+.{digits}f} ± {found.standard_error:.{digits}f}"
+
+
+def _marked(found: Difference | None) -> str:
+    """Returns a difference, in bold if it is clear at its size."""
+    if found is None:
+        return "-"
+    return f"**{_shown(found)}**" if found.verdict in ("lower", "higher") else _shown(found)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

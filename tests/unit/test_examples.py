@@ -72,5 +72,5 @@ def test_variants_of_smollm2_are_ready_to_train(
     assert "180 iterations of 8 samples of 512 tokens" in text
     if name == "staged":
         [first, second] = re.findall(r"^ *[01] .* (\S+ to \S+)  +(?:new_rows|all) ", text, re.M)
-        assert (first, second) == ("1 to 30", "31 to 180")
+        assert (first, second) == ("1 to 15", "16 to 180")
     assert ("stages of training" in text) == (name == "staged")

@@ -493,8 +493,8 @@ def test_the_page_regenerates_from_the_results(tmp_path: Path) -> None:
 
 def test_both_pages_name_sections_that_exist() -> None:
     root = Path(report.__file__).parents[2]
-    names = "primary state held_out verdicts recency final differences speed proposal figures"
-    sections = dict.fromkeys(names.split(), "generated")
+    names = "primary state held_out summary recency_summary verdicts recency final differences"
+    sections = dict.fromkeys(f"{names} speed proposal figures".split(), "generated")
     for page in report.PAGES:
         text = (root / page).read_text(encoding="utf-8")
         filled = report.fill_page(text, sections, page)
