@@ -456,6 +456,7 @@ def test_speed_is_the_interpolated_first_crossing() -> None:
     assert str(reach) == "not reached (1 of 2 seeds reach it)"
     assert analysis.reach(cell, "chinese", before_decay=True).shares == (0.5, 0.5)
     assert str(Reach((0.5, 0.7, float("inf")))) == "70 % (2 of 3 seeds reach it)"
+    assert str(Reach((0.0, 0.0, 0.7))) == "at the start"
 
 
 def test_the_page_regenerates_from_the_results(tmp_path: Path) -> None:
@@ -482,6 +483,9 @@ def test_the_page_regenerates_from_the_results(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in again] == contents[0]
     text = contents[0][0].decode()
     assert "**+0.033 ± 0.002**" in text  # two_stage on Chinese
+    # Dynamic equals static, so half of the reversed arm's difference is recency and half the rest.
+    assert "| chinese | **-0.0110 ± 0.0006**; **+0.0110 ± 0.0006** |" in text
+    assert "| chinese | +0.0000 ± 0.0000 |" in text
     assert "No schedule has been proposed yet." in text
     page = "by hand\n<!-- begin state -->\nold\n<!-- end state -->\nby hand\n"
     filled = report.fill_page(page, {"state": "new"}, Path("x.md"))
