@@ -7,25 +7,33 @@ results.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import Any, Literal
 
-from examples.transfer_study.arms import DESCRIPTION
-from examples.transfer_study.study import REFERENCE, Run
+from examples.transfer_study.arms import ARMS, DESCRIPTION
+from examples.transfer_study.study import PROPOSED, PROPOSED_STATIC, REFERENCE, Run
 
 NUM_STANDARD_ERRORS = 2
 MIN_SEEDS = 3
 """Number of seeds below which no difference is clear."""
 FALSE_POSITIVE_RATES = {2: 0.295, 3: 0.184, 4: 0.139, 5: 0.116, 6: 0.102}
 """Probability that noise exceeds two standard errors, by number of seeds (t distribution)."""
+T_QUANTILES = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+"""Standard errors on either side of the mean in a 95 % interval, by number of seeds."""
 GOAL: dict[str, float] = DESCRIPTION["goal"]
+EQUAL_GOAL = "goal, equal weights"
+"""The measure that shows how much the goal depends on its weights."""
 
 Verdict = Literal["lower", "higher", "not clear", "too few seeds"]
 Entry = Mapping[str, Any]
 Pair = tuple[int, str]
 """What the runs of a pair have in common: the seed, and the hash of the foundation's weights."""
+Setting = tuple[str, str, bool]
+"""Model, shape of the learning rate, and whether there is a common tail."""
+_SHAPES = {"wsd": "constant rate", "cosine": "cosine"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,14 @@ class Difference:
     def false_positive_rate(self) -> float:
         """The probability that noise alone would exceed two standard errors."""
         return FALSE_POSITIVE_RATES.get(self.num_seeds, 0.1 if self.num_seeds > 1 else math.nan)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The ends of the 95 % interval of the mean; None with one seed or more than six."""
+        if self.num_seeds not in T_QUANTILES:
+            return None
+        half = T_QUANTILES[self.num_seeds] * self.standard_error
+        return self.mean - half, self.mean + half
 
 
 @dataclass(frozen=True)
@@ -122,8 +138,8 @@ class Analysis:
             measures.update(dict.fromkeys(values_of(entry)))
         return cls(runs, tuple(measures))
 
-    def settings(self) -> list[tuple[str, str, bool]]:
-        """Returns model, learning rate and tail of all settings of arms that have a static arm."""
+    def settings(self) -> list[Setting]:
+        """Returns all settings of arms that have a static arm."""
         found = dict.fromkeys(
             (cell.model, cell.learning_rate, cell.has_tail)
             for cell in self.runs
@@ -132,16 +148,14 @@ class Analysis:
         settings = [one for one in found if self.reference(Cell(*one, REFERENCE)) in self.runs]
         return sorted(settings, key=lambda one: (one[0] != "small", one[1] != "wsd", not one[2]))
 
-    def arms(self, setting: tuple[str, str, bool]) -> list[str]:
-        """Returns the arms of a setting; the static one is the first."""
+    def arms(self, setting: Setting) -> list[str]:
+        """Returns the arms of a setting, the static one always."""
         found = [
             cell.arm
             for cell in self.runs
             if (cell.model, cell.learning_rate, cell.has_tail) == setting
-            and not cell.arm.startswith("random_")
-            and cell.arm != REFERENCE
         ]
-        return [REFERENCE, *found]
+        return in_order({REFERENCE, *found})
 
     def reference(self, cell: Cell) -> Cell:
         """Returns the static cell of a setting.
@@ -167,10 +181,16 @@ class Analysis:
     def contrast(
         self, cell: Cell, measure: str, arms: Sequence[str], combine: Callable[..., float]
     ) -> Difference | None:
-        """Returns the mean over pairs of a combination of arms in the setting of a cell."""
+        """Returns the mean over seeds of a combination of arms in the setting of a cell.
+
+        Pairs of a seed that start from different foundations are averaged first.
+        """
         values = [self.values(replace(cell, arm=arm), measure) for arm in arms]
         common = sorted(set(values[0]).intersection(*values[1:]))
-        return paired([combine(*(one[pair] for one in values)) for pair in common])
+        by_seed: dict[int, list[float]] = {}
+        for pair in common:
+            by_seed.setdefault(pair[0], []).append(combine(*(one[pair] for one in values)))
+        return paired([fmean(found) for found in by_seed.values()])
 
     def verdict(self, cell: Cell, measure: str) -> str:
         """Returns what the rules say about a difference to the static arm at one size."""
@@ -186,14 +206,46 @@ class Analysis:
             and (other.learning_rate, other.has_tail, other.arm)
             == (cell.learning_rate, cell.has_tail, cell.arm)
         ]
-        signs = [one.mean < 0 for one in others if one is not None]
-        if not signs:
+        found = [one for one in others if one is not None]
+        if not found:
             return f"{own.verdict}: clear here, one size only"
-        same = "same" if all(sign == (own.mean < 0) for sign in signs) else "other"
-        return f"{own.verdict}: clear here, {same} sign at the other size"
+        same = "same" if all((one.mean < 0) == (own.mean < 0) for one in found) else "other"
+        seeds = min(one.num_seeds for one in found)
+        return (
+            f"{own.verdict}: clear here, {same} sign at the other size "
+            f"({seeds} seed{'s' if seeds > 1 else ''})"
+        )
+
+    def share_of_run(self, cell: Cell, source: str) -> float | None:
+        """Returns what the difference to the static arm is worth, as a part of the run.
+
+        It is the final difference divided by what the static arm gains per token between its last
+        two evaluations before the decay, relative to the length of the run; negative if the arm is
+        ahead. None if it is not clear that the static arm gains something there, or if it was
+        evaluated less often.
+        """
+        difference = self.difference(cell, source)
+        static = self.runs.get(self.reference(cell), {})
+        slopes = []
+        for pair in sorted(static.keys() & self.runs.get(cell, {}).keys()):
+            if len(static[pair]["curve"]) < 4:  # both ends, and two before the decay
+                return None
+            if len(static[pair]["curve"]) < 4:
+                return None  # the first of two would be that of the foundation
+            before, last = static[pair]["curve"][-3:-1]
+            tokens = (last["tokens"] - before["tokens"]) / static[pair]["tokens"]
+            slopes.append(
+                (before["bits_per_byte"][source] - last["bits_per_byte"][source]) / tokens
+            )
+        gained = paired(slopes)
+        if difference is None or gained is None or gained.verdict != "higher":
+            return None
+        return difference.mean / gained.mean
 
     def reach(self, cell: Cell, source: str, *, before_decay: bool = False) -> Reach:
         """Returns when an arm reaches bits per byte of the static arm on a source.
+
+        Between evaluations, of which there must be at least four, the loss is interpolated.
 
         Args:
             cell: The arm.
@@ -205,6 +257,8 @@ class Analysis:
         ours = self.runs.get(cell, {})
         shares = []
         for pair in sorted(static.keys() & ours.keys()):
+            if len(ours[pair]["curve"]) < 4:
+                return Reach(())  # too far apart for interpolation
             point = static[pair]["curve"][-2 if before_decay else -1]
             goal = point["bits_per_byte"][source]
             crossing = first_crossing(ours[pair]["curve"], source, goal)
@@ -212,19 +266,49 @@ class Analysis:
         return Reach(tuple(shares))
 
 
+def name_of(setting: Setting) -> str:
+    """Returns the name of a setting in tables and figures."""
+    model, shape, has_tail = setting
+    return f"{model}, {_SHAPES[shape]}, {'tail' if has_tail else 'no tail'}"
+
+
+def in_order(arms: Iterable[str]) -> list[str]:
+    """Returns arms in the order of their description; random schedules are left out."""
+    found = set(arms)
+    return [arm for arm in (*ARMS, PROPOSED, PROPOSED_STATIC) if arm in found]
+
+
 def values_of(entry: Entry) -> dict[str, float]:
     """Returns the measures of a run: the goal, bits per byte by source, one number per probe."""
     values = dict(entry["final"])
     if GOAL.keys() <= values.keys():
-        total = sum(GOAL.values())
-        goal = sum(weight / total * math.log(values[name]) for name, weight in GOAL.items())
-        values = {"goal": goal, **values}
+        equal = mean_log(values, dict.fromkeys(GOAL, 1.0))
+        values = {"goal": mean_log(values, GOAL), EQUAL_GOAL: equal, **values}
     for label, wanted in DESCRIPTION["probes"].items():
         probe = label if label in entry["probes"] else label.rpartition("_")[0]
         value = entry["probes"].get(probe, {}).get(wanted["number"])
         if isinstance(value, int | float) and math.isfinite(value):
             values[f"{label} ({wanted['better']} is better)"] = value
     return values
+
+
+def mean_log(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Returns the weighted mean of the logarithms of some values."""
+    total = sum(weights.values())
+    return sum(weight / total * math.log(values[name]) for name, weight in weights.items())
+
+
+def rate_of_source(entry: Entry, source: str) -> float | None:
+    """Returns the mean learning rate at which a run read a source, relative to its highest rate.
+
+    None if the run has not read it.
+    """
+    peak = max(part["learning_rate"] for part in entry["trajectory"])
+    tokens = [part["tokens"].get(source, 0) for part in entry["trajectory"]]
+    if not sum(tokens):
+        return None
+    rates = [part["learning_rate"] for part in entry["trajectory"]]
+    return float(sum(map(operator.mul, rates, tokens)) / peak / sum(tokens))
 
 
 def paired(differences: Sequence[float]) -> Difference | None:

@@ -4,20 +4,26 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from examples.transfer_study.analysis import GOAL, Analysis, Cell
-from examples.transfer_study.arms import ARMS, SOURCES
+from examples.transfer_study.arms import ARMS, SOURCES, static_schedule
 from examples.transfer_study.study import (
     LEARNING_RATES,
     PROPOSED,
     PROPOSED_STATIC,
     REFERENCE,
+    SEQ_LENGTH,
     ModelSize,
     Results,
     Run,
     Study,
 )
+from megatron_chatflow.blend import Blend, Schedule
 from megatron_chatflow.blend.fit import (
+    FloatArray,
     Observation,
+    RecencyFit,
     RunRecord,
     Trajectory,
     fit_recency,
@@ -44,6 +50,25 @@ def trajectory_of(entry: Mapping[str, Any]) -> Trajectory:
     """Returns what a run read, from its result."""
     record = RunRecord("", entry["trajectory"], entry["final"])
     return record.observation(SOURCES).trajectory
+
+
+def trajectory_of_block(
+    block: Mapping[str, Any], model: ModelSize, learning_rate: FloatArray
+) -> Trajectory:
+    """Returns what a schedule reads, in parts like those of ``learning_rate``.
+
+    Args:
+        block: The schedule.
+        model: The size, whose arms are as long.
+        learning_rate: float64[num_parts], of a run with as many iterations.
+    """
+    budget = model.budget
+    schedule = Schedule.from_dict(block, SOURCES, budget.samples_per_iteration)
+    source, _ = Blend(schedule).take(0, budget.num_samples)
+    length = -(-budget.iterations // len(learning_rate)) * budget.samples_per_iteration
+    parts = [source[start : start + length] for start in range(0, len(source), length)]
+    counts = np.stack([np.bincount(part, minlength=len(SOURCES)) for part in parts])
+    return Trajectory(learning_rate, counts * float(SEQ_LENGTH))
 
 
 def goal_of(analysis: Analysis, cell: Cell) -> float:
@@ -85,17 +110,31 @@ def propose(results: Results, study: Study, model: ModelSize) -> dict[str, Any]:
         for name, one in sources.items()
         if name in SOURCES
     }
-    proposal = propose_schedule(fit, GOAL, learning_rate, entry["tokens"], max_tokens=sizes)
-    block = schedule_block(proposal, SOURCES, model.budget.iterations)
+    num_tokens = entry["tokens"]
+    search = (fit, GOAL, learning_rate, num_tokens)
+    block = schedule_block(
+        propose_schedule(*search, max_tokens=sizes), SOURCES, model.budget.iterations
+    )
+    # The best mixture without an order shows what the order adds to the choice of the totals.
+    mixture = propose_schedule(*search, max_tokens=sizes, num_knots=1)
+    trajectories = {
+        PROPOSED: trajectory_of_block(block, model, learning_rate),
+        PROPOSED_STATIC: trajectory_of_block(
+            static_schedule(block, model.budget), model, learning_rate
+        ),
+        "best_static": mixture.trajectory,
+        "best_arm": trajectory_of(entry),
+    }
     results.proposals[model.name] = {
         "made_of": sorted(entry["digest"] for entry in entries),
         "goal": GOAL,
         "schedule": block,
         "best_arm": best,
-        "predicted": fit.predict(proposal.trajectory),
-        "extrapolated": fit.extrapolated(proposal.trajectory),
-        "predicted_best_arm": fit.predict(trajectory_of(entry)),
-        "score": proposal.score,
+        "best_static": dict(zip(SOURCES, mixture.shares[0].tolist(), strict=True)),
+        "predicted": {
+            name: {"goal": _goal_interval(fit, one), **fit.predict(one)}
+            for name, one in trajectories.items()
+        },
         "fit": {
             name: {
                 "span_tokens": target.span,
@@ -111,3 +150,9 @@ def propose(results: Results, study: Study, model: ModelSize) -> dict[str, Any]:
     }
     results.write()
     return block
+
+
+def _goal_interval(fit: RecencyFit, trajectory: Trajectory) -> tuple[float, float, float]:
+    """Returns the predicted goal and the ends of its interval of two standard deviations."""
+    mean, deviation = fit.predict_goal(trajectory, GOAL)
+    return mean, mean - 2 * deviation, mean + 2 * deviation

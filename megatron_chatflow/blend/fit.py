@@ -15,12 +15,14 @@ kernel has a recent part that is forgotten over s_k tokens, and a part f_k that 
 m_k are searched on a grid, and a_k and b_kj are linear least squares given them. A negative b_kj
 means that source j displaces what is evaluated.
 
-Runs are weighted by the number of seeds that they average. The error is that of predicting each
-group of runs from all others, with the nonlinear parameters chosen anew each time; it is only
-approximately nested, because these are compared by errors in which the other groups took part.
-Runs of one kind, such as an arm with and without a tail, form a group, because they would predict
-each other. The proposal minimizes the upper end of the prediction, because an optimizer is drawn
-to where a model errs. It extrapolates for a source if its leverage exceeds that of all runs.
+Runs of several seeds count as one, because the model errs by more than the seeds differ. The error
+is that of predicting each group of runs from all others, with the nonlinear parameters chosen anew
+each time; it is only approximately nested, because these are compared by errors in which the other
+groups took part. Runs of one kind, such as an arm with and without a tail, form a group, because
+they would predict each other. An optimizer is drawn to where a model errs, so the proposal
+minimizes the upper end of the prediction, among schedules whose leverage is at most that of the
+runs: beyond, it would extrapolate. In a run of another length, which the fit always extrapolates,
+the bound is the leverage of the runs' mean mixture.
 """
 
 import json
@@ -86,14 +88,12 @@ class Observation:
         trajectory: What it read.
         losses: Final loss of each evaluated source.
         group: Runs of the same group are left out together; "" for a group of its own.
-        num_seeds: Number of seeds that were averaged.
     """
 
     name: str
     trajectory: Trajectory
     losses: Mapping[str, float]
     group: str = ""
-    num_seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,7 @@ class TargetFit:
         saturation: m_k in tokens.
         coefficients: float64[1 + num_sources], a_k and -b_kj.
         covariance: float64[1 + num_sources, 1 + num_sources], ``(X'X)^-1``.
-        sigma: Standard deviation of a prediction error of a run among the fitted ones, from the
-            errors when its group is left out, in log loss.
+        errors: float64[num_runs], errors of the log loss of each run when its group is left out.
         max_leverage: The highest leverage of a fitted run.
         num_runs: Number of fitted runs.
         spread: Standard deviation of the fitted log losses, for comparison with ``sigma``.
@@ -198,10 +197,15 @@ class TargetFit:
     saturation: float
     coefficients: FloatArray
     covariance: FloatArray
-    sigma: float
+    errors: FloatArray
     max_leverage: float
     num_runs: int
     spread: float
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of a prediction error of a run among the fitted ones, in log loss."""
+        return float(np.sqrt(np.mean(self.errors**2)))
 
     def predict(self, trajectory: Trajectory, peak: float) -> tuple[float, float]:
         """Returns the predicted log loss of a run and the standard deviation of its error."""
@@ -222,11 +226,13 @@ class RecencyFit:
     Attributes:
         sources: Names of the training sources, in the order of the trajectories.
         peak: The highest learning rate of all runs.
+        trajectories: The runs.
         targets: The fits by evaluated source.
     """
 
     sources: tuple[str, ...]
     peak: float
+    trajectories: tuple[Trajectory, ...]
     targets: Mapping[str, TargetFit]
 
     def predict(self, trajectory: Trajectory) -> dict[str, tuple[float, float, float]]:
@@ -243,21 +249,23 @@ class RecencyFit:
         return [
             name
             for name, target in self.targets.items()
-            if target.leverage(trajectory, self.peak) > target.max_leverage * (1 + 1e-9)
+            if target.leverage(trajectory, self.peak) > target.max_leverage * 1.001
         ]
 
-    def score(self, trajectory: Trajectory, goal: Mapping[str, float], caution: float) -> float:
-        """Returns the weighted mean of predicted log losses plus ``caution`` standard deviations.
+    def predict_goal(
+        self, trajectory: Trajectory, goal: Mapping[str, float]
+    ) -> tuple[float, float]:
+        """Returns the predicted weighted mean of log losses and the deviation of its error.
 
-        The errors of different sources are taken as independent.
+        The errors of different sources are correlated as they are when groups are left out.
         """
-        total = sum(goal.values())
-        mean = variance = 0.0
-        for name, weight in goal.items():
-            value, deviation = self.targets[name].predict(trajectory, self.peak)
-            mean += weight / total * value
-            variance += (weight / total * deviation) ** 2
-        return mean + caution * float(np.sqrt(variance))
+        weights = np.array(list(goal.values())) / sum(goal.values())
+        found = np.array([self.targets[name].predict(trajectory, self.peak) for name in goal])
+        # Not centered: what the errors have in common does not average out.
+        errors = np.stack([self.targets[name].errors / self.targets[name].sigma for name in goal])
+        deviations = weights * found[:, 1]
+        variance = np.mean((deviations @ errors) ** 2)
+        return float(weights @ found[:, 0]), float(np.sqrt(variance))
 
 
 def merge_replicates(observations: Sequence[Observation]) -> list[Observation]:
@@ -274,7 +282,7 @@ def merge_replicates(observations: Sequence[Observation]) -> list[Observation]:
     for group in groups.values():
         names = [name for name in group[0].losses if all(name in one.losses for one in group)]
         losses = {name: float(np.mean([one.losses[name] for one in group])) for name in names}
-        merged.append(replace(group[0], losses=losses, num_seeds=len(group)))
+        merged.append(replace(group[0], losses=losses))
     return merged
 
 
@@ -310,14 +318,12 @@ def fit_recency(observations: Sequence[Observation], sources: Sequence[str]) -> 
             grid.append((span * length, lasting, saturation * length))
             designs.append(_design(np.stack(rows), saturation * length))
     groups = [one.group or f"{number}" for number, one in enumerate(observations)]
-    weights = np.array([one.num_seeds for one in observations], np.float64)
-    weights /= weights.mean()
-    smoothers = np.stack([_leave_groups_out(design, groups, weights) for design in designs])
+    smoothers = np.stack([_leave_groups_out(design, groups) for design in designs])
     targets = {}
     for name in names:
         y = np.log([one.losses[name] for one in observations])
-        targets[name] = _fit_target(grid, designs, smoothers @ y, y, groups, weights)
-    return RecencyFit(tuple(sources), peak, targets)
+        targets[name] = _fit_target(grid, designs, smoothers @ y, y, groups)
+    return RecencyFit(tuple(sources), peak, tuple(one.trajectory for one in observations), targets)
 
 
 def _fit_target(
@@ -326,28 +332,27 @@ def _fit_target(
     residuals: FloatArray,
     y: FloatArray,
     groups: Sequence[str],
-    weights: FloatArray,
 ) -> TargetFit:
     """Chooses the nonlinear parameters by leave-group-out error, and estimates the error of that.
 
     ``residuals`` is float64[grid, runs], the errors of predicting each run from other groups.
     """
-    squares = weights * residuals**2
+    squares = residuals**2
     best = int(np.argmin(squares.sum(axis=1)))
     # A group is predicted with the parameters that are best for the others.
     is_same = np.array([[one == other for other in groups] for one in groups])
     chosen = np.argmin(squares @ ~is_same, axis=0)
     errors = residuals[chosen, np.arange(len(y))]
     design = designs[best]
-    covariance = np.asarray(np.linalg.inv(_normal(design, weights)), np.float64)
+    covariance = np.asarray(np.linalg.inv(_normal(design)), np.float64)
     span, lasting, saturation = grid[best]
     return TargetFit(
         span=span,
         lasting=lasting,
         saturation=saturation,
-        coefficients=covariance @ design.T @ (weights * y),
+        coefficients=covariance @ design.T @ y,
         covariance=covariance,
-        sigma=float(np.sqrt(np.mean(errors**2))),
+        errors=errors,
         max_leverage=float(np.einsum("ij,jk,ik->i", design, covariance, design).max()),
         num_runs=len(y),
         spread=float(np.std(y)),
@@ -360,20 +365,20 @@ def _design(masses: FloatArray, saturation: float) -> FloatArray:
     return np.concatenate([np.ones_like(logs[..., :1]), logs], axis=-1)
 
 
-def _normal(design: FloatArray, weights: FloatArray) -> FloatArray:
-    """Returns ``X'WX`` with a slight ridge on the slopes, for sources that no run varies."""
+def _normal(design: FloatArray) -> FloatArray:
+    """Returns ``X'X`` with a slight ridge on the slopes, for sources that no run varies."""
     ridge = _RIDGE * len(design) * np.eye(design.shape[1])
     ridge[0, 0] = 0
-    return np.asarray(design.T @ (weights[:, None] * design) + ridge)
+    return np.asarray(design.T @ design + ridge)
 
 
-def _leave_groups_out(design: FloatArray, groups: Sequence[str], weights: FloatArray) -> FloatArray:
+def _leave_groups_out(design: FloatArray, groups: Sequence[str]) -> FloatArray:
     """Returns the matrix that maps values to their errors when their group is left out.
 
     For least squares with hat matrix H, the errors of a group g are
     ``(I - H_gg)^-1 (y - H y)_g``.
     """
-    hat = design @ np.linalg.solve(_normal(design, weights), design.T * weights)
+    hat = design @ np.linalg.solve(_normal(design), design.T)
     errors = np.eye(len(hat)) - hat
     for group in dict.fromkeys(groups):
         rows = np.array([k for k, one in enumerate(groups) if one == group])
@@ -391,7 +396,7 @@ class Proposal:
         positions: float64[num_knots], positions of the knots from 0 to 1.
         shares: float64[num_knots, num_sources], shares of tokens at the knots, linear between them.
         trajectory: What it reads.
-        score: Its score, see `RecencyFit.score`.
+        score: The predicted weighted mean of log losses plus ``caution`` standard deviations.
     """
 
     positions: FloatArray
@@ -414,16 +419,19 @@ def propose_schedule(
 ) -> Proposal:
     """Searches the schedule with the best score, linear between equally spaced knots.
 
+    It extrapolates no farther for the sources of the goal than the length of the run demands.
+
     Args:
         fit: The fitted model.
         goal: Weights of the evaluated sources' log losses.
         learning_rate: float64[num_parts], the learning rate over the run.
         num_tokens: Tokens of the run.
         max_tokens: Upper bounds of the tokens of sources.
-        num_knots: Number of knots.
+        num_knots: Number of knots; 1 for the best static mixture.
         caution: Standard deviations of the prediction that are added to it.
-        num_starts: Number of random starts besides the uniform mixture.
-        seed: Seed of the starts.
+        num_starts: Number of starts besides the runs' mean mixture: first the best runs, then as
+            many random ones.
+        seed: Seed of the random starts and directions.
 
     Raises:
         UserError: The goal names a source without a fit, or the bounds leave too few tokens.
@@ -449,18 +457,28 @@ def propose_schedule(
         shares /= shares.sum(axis=1, keepdims=True)
         return shares, Trajectory(learning_rate, mix @ shares * (num_tokens / num_parts))
 
+    runs = [_knot_logits(one, positions) for one in fit.trajectories]
+    mean_mixture = np.tile(np.mean(runs, axis=(0, 1)), (num_knots, 1))
+    middle = trajectory(mean_mixture)[1]
+    limits = {
+        name: max(fit.targets[name].max_leverage, fit.targets[name].leverage(middle, fit.peak))
+        for name, weight in goal.items()
+        if weight
+    }
+
     def cost(logits: FloatArray) -> float:
         _, found = trajectory(logits)
-        excess = np.maximum(found.tokens.sum(axis=0) / bounds - 1, 0)
-        return fit.score(found, goal, caution) + 10 * float(excess.sum())
+        excess = float(np.maximum(found.tokens.sum(axis=0) / bounds - 1, 0).sum())
+        for name, limit in limits.items():
+            excess += max(0.0, fit.targets[name].leverage(found, fit.peak) / limit - 1)
+        mean, deviation = fit.predict_goal(found, goal)
+        return mean + caution * deviation + 10 * excess
 
     rng = np.random.default_rng(seed)
-    best, best_cost = np.zeros((num_knots, num_sources)), np.inf
-    for start in range(num_starts + 1):
-        logits = rng.normal(0, 1.5, (num_knots, num_sources)) if start else np.zeros_like(best)
-        found, found_cost = _coordinate_search(cost, logits)
-        if found_cost < best_cost:
-            best, best_cost = found, found_cost
+    starts = [mean_mixture, *sorted(runs, key=cost)[: num_starts // 2]]
+    while len(starts) < num_starts + 1:
+        starts.append(rng.normal(0, 1.5, (num_knots, num_sources)))
+    best, best_cost = min((_search(cost, one, rng) for one in starts), key=lambda found: found[1])
     shares, result = trajectory(best)
     return Proposal(positions, shares, result, best_cost)
 
@@ -477,17 +495,29 @@ def schedule_block(
     return {"unit": "iterations", "knots": knots}
 
 
-def _coordinate_search(
-    cost: Callable[[FloatArray], float], logits: FloatArray
+def _knot_logits(trajectory: Trajectory, positions: FloatArray) -> FloatArray:
+    """Returns logarithms of a run's shares around knots, float64[num_knots, num_sources]."""
+    num_parts = len(trajectory.tokens)
+    nearest = np.abs((np.arange(num_parts)[:, None] + 0.5) / num_parts - positions).argmin(axis=1)
+    counts = np.stack([trajectory.tokens[nearest == k].sum(0) for k in range(len(positions))])
+    return np.log(np.maximum(counts / counts.sum(axis=1, keepdims=True), 1e-3))
+
+
+def _search(
+    cost: Callable[[FloatArray], float], logits: FloatArray, rng: np.random.Generator
 ) -> tuple[FloatArray, float]:
-    """Minimizes by steps along single coordinates whose length is halved when none helps."""
+    """Minimizes by steps along coordinates and random directions, halved when none helps.
+
+    Coordinates alone would end at the edges of the constraints.
+    """
     value, step = cost(logits), 2.0
     while step > 0.02:
         has_improved = False
-        for index in np.ndindex(*logits.shape):
+        directions = rng.normal(size=(logits.size, logits.size))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        for direction in np.concatenate([np.eye(logits.size), directions]):
             for change in (step, -step):
-                moved = logits.copy()
-                moved[index] = np.clip(moved[index] + change, -6, 6)
+                moved = np.clip(logits + change * direction.reshape(logits.shape), -6, 6)
                 if (tried := cost(moved)) < value - 1e-9:
                     logits, value, has_improved = moved, tried, True
                     break

@@ -118,7 +118,12 @@ def _parse() -> argparse.Namespace:
         help="how many tokens of a source may be drawn; default: any number",
     )
     add("--model", metavar="NAME", help="the model whose results are used, of results.json")
-    add("--knots", type=int, default=5, help="number of knots; default: %(default)s")
+    add(
+        "--knots",
+        type=int,
+        default=5,
+        help="number of knots, 1 for a static mixture; default: %(default)s",
+    )
     add(
         "--caution",
         type=float,
@@ -128,8 +133,8 @@ def _parse() -> argparse.Namespace:
     )
     add("--output", type=Path, metavar="YAML", help="file for the schedule; default: print it")
     args = parser.parse_args()
-    if args.knots < 2:
-        raise UserError(f"--knots: must be at least 2, not {args.knots}")
+    if args.knots < 1:
+        raise UserError(f"--knots: must be at least 1, not {args.knots}")
     if not 0 <= args.caution < 100:
         raise UserError(f"--caution: must be from 0 to 100, not {args.caution:g}")
     return args

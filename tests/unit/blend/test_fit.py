@@ -141,22 +141,39 @@ def test_runs_that_read_the_same_count_once() -> None:
     again = [Observation("again", runs[0].trajectory, {name: 9.0 for name in SOURCES}), *runs[1:]]
     merged = merge_replicates([*runs, *again])
     assert [one.name for one in merged] == ["run 0", "run 1", "run 2"]
-    assert [one.num_seeds for one in merged] == [2, 2, 2]
     assert merged[0].losses["chinese"] == pytest.approx((runs[0].losses["chinese"] + 9) / 2)
 
 
-def test_groups_are_left_out_together_with_the_weights_of_their_seeds() -> None:
-    """Against a fit of the other runs, with each run as often as it has seeds."""
+def test_groups_are_left_out_together() -> None:
+    """Against a fit of the other runs."""
     rng = np.random.default_rng(2)
     design = np.concatenate([np.ones((12, 1)), rng.normal(size=(12, 3))], axis=1)
     y, groups = rng.normal(size=12), [f"{k // 2}" for k in range(12)]
-    seeds = rng.integers(1, 4, 12)
-    errors = _leave_groups_out(design, groups, seeds / seeds.mean()) @ y
+    errors = _leave_groups_out(design, groups) @ y
     for group in set(groups):
-        rows = [k for k in range(12) if groups[k] != group for _ in range(seeds[k])]
+        rows = [k for k in range(12) if groups[k] != group]
         found = np.linalg.lstsq(design[rows], y[rows], rcond=None)[0]
         for k in (k for k in range(12) if groups[k] == group):
             assert errors[k] == pytest.approx(y[k] - design[k] @ found, abs=0.02)
+
+
+def test_the_error_of_a_goal_has_the_correlation_of_its_sources() -> None:
+    runs, rng = random_runs(30, 0.18, 0.2)
+    common = [dict.fromkeys(SOURCES, float(np.exp(0.03 * rng.normal()))) for _ in runs]
+    runs = [
+        Observation(
+            run.name, run.trajectory, {name: run.losses[name] * one[name] for name in SOURCES}
+        )
+        for run, one in zip(runs, common, strict=True)
+    ]
+    fit = fit_recency(runs, SOURCES)
+    goal = {"english": 1.0, "chinese": 3.0}
+    mean, deviation = fit.predict_goal(runs[0].trajectory, goal)
+    found = {name: fit.targets[name].predict(runs[0].trajectory, fit.peak) for name in goal}
+    assert mean == pytest.approx((found["english"][0] + 3 * found["chinese"][0]) / 4)
+    # What all sources have in common does not average out.
+    alone = (found["english"][1] + 3 * found["chinese"][1]) / 4
+    assert 0.9 * alone < deviation <= alone
 
 
 def test_schedules_outside_the_runs_extrapolate() -> None:
@@ -166,6 +183,25 @@ def test_schedules_outside_the_runs_extrapolate() -> None:
     alone = np.zeros((PARTS, len(SOURCES)))
     alone[:, 2] = LENGTH / PARTS
     assert fit.extrapolated(Trajectory(rates(False), alone)) == list(SOURCES)
+    # The best schedule for instructions alone would be this one.
+    proposal = propose_schedule(fit, {"instruction": 1.0}, rates(False), LENGTH, num_starts=2)
+    assert fit.extrapolated(proposal.trajectory)[-1:] != ["instruction"]
+    # A longer run is always farther off, but not more than it must.
+    longer = propose_schedule(fit, {"instruction": 1.0}, rates(False), 10 * LENGTH, num_starts=2)
+    mixture = np.mean([run.trajectory.tokens for run in runs], axis=(0, 1)) * PARTS / LENGTH
+    middle = Trajectory(rates(False), np.tile(mixture, (PARTS, 1)) * 10 * LENGTH / PARTS)
+    target = fit.targets["instruction"]
+    limit = target.leverage(middle, fit.peak)
+    assert target.max_leverage < target.leverage(longer.trajectory, fit.peak) < 1.05 * limit
+
+
+def test_the_best_static_mixture_is_no_better_than_a_schedule() -> None:
+    runs, _ = random_runs(30, 0.18, 0.2)
+    fit = fit_recency(runs, SOURCES)
+    goal = {"english": 1.0, "chinese": 2.0, "instruction": 1.0}
+    found = [propose_schedule(fit, goal, rates(False), LENGTH, num_knots=n) for n in (1, 5)]
+    assert np.ptp(found[0].trajectory.tokens, axis=0) == pytest.approx(0)
+    assert found[1].score < found[0].score
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:

@@ -259,7 +259,7 @@ def scripted(run: Run, values: dict[str, float], foundation: str = "f") -> dict[
     budget = study.run_budget(run, model)
     tokens = budget.num_samples * 512
     final = dict.fromkeys(EVALUATED, 3.0) | values
-    points = [5.0, 4.5, None]
+    points = [6.0, 5.0, 4.5, None]
     block = {"knots": [{"at": 0, "weights": {"english": 1, "chinese": 1}}]}
     digest = ""
     if not run.is_proposed:
@@ -415,14 +415,22 @@ def test_verdicts_follow_the_rules() -> None:
     def verdict(arm: str, model: str = "small") -> str:
         return analysis.verdict(Cell(model, "wsd", False, arm), "chinese")
 
-    assert verdict("dynamic") == "lower: clear here, same sign at the other size"
-    assert verdict("reversed") == "higher: clear here, other sign at the other size"
+    assert verdict("dynamic") == "lower: clear here, same sign at the other size (2 seeds)"
+    assert verdict("reversed") == "higher: clear here, other sign at the other size (2 seeds)"
     assert verdict("two_stage") == "not clear"
     assert verdict("chinese_only") == "lower: clear here, one size only"
     assert verdict("two_stage", "smollm2") == "too few seeds"
     assert verdict("chinese_then_instruction") == "not measured"
     found = analysis.difference(Cell("small", "wsd", False, "dynamic"), "chinese")
     assert found is not None
+    low, high = found.interval or (0, 0)
+    assert (low + high) / 2 == found.mean and high - low == pytest.approx(
+        2 * 4.303 * found.standard_error
+    )
+    # Static gains half a bit per third of the run.
+    assert analysis.share_of_run(
+        Cell("small", "wsd", False, "dynamic"), "chinese"
+    ) == pytest.approx(-0.02 / 1.5, rel=1e-3)
     assert found.mean == pytest.approx(-0.02) and found.false_positive_rate == 0.184
     assert found.standard_error == pytest.approx(0.001 / 3**0.5)
     recency = analysis.contrast(
@@ -451,10 +459,12 @@ def test_speed_is_the_interpolated_first_crossing() -> None:
     analysis = Analysis.of(make_entries("small", {"dynamic": [-0.5, 0.1]}))
     cell = Cell("small", "wsd", False, "dynamic")
     reach = analysis.reach(cell, "chinese")
-    # Seed 1: from 4.5 at the half to 3.0 at the end, where static has 3.5; seed 2 ends above 4.
-    assert reach.shares == pytest.approx([5 / 6, float("inf")])
+    # Seed 1: from 4.5 at two thirds to 3.0 at the end, where static has 3.5; seed 2 ends above 4.
+    assert reach.shares == pytest.approx([8 / 9, float("inf")])
     assert str(reach) == "not reached (1 of 2 seeds reach it)"
-    assert analysis.reach(cell, "chinese", before_decay=True).shares == (0.5, 0.5)
+    assert analysis.reach(cell, "chinese", before_decay=True).shares == pytest.approx(
+        [2 / 3, 2 / 3], abs=1e-3
+    )
     assert str(Reach((0.5, 0.7, float("inf")))) == "70 % (2 of 3 seeds reach it)"
     assert str(Reach((0.0, 0.0, 0.7))) == "at the start"
 
@@ -483,8 +493,11 @@ def test_the_page_regenerates_from_the_results(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in again] == contents[0]
     text = contents[0][0].decode()
     assert "**+0.033 ± 0.002**" in text  # two_stage on Chinese
-    # Dynamic equals static, so half of the reversed arm's difference is recency and half the rest.
-    assert "| chinese | **-0.0110 ± 0.0006**; **+0.0110 ± 0.0006** |" in text
+    # Dynamic equals static, so half of the reversed arm's difference is due to the direction and
+    # half to the ramp.
+    direction, ramp = (section_of(text, name) for name in ("Direction", "Ramp"))
+    assert "| chinese | **-0.0110 ± 0.0006** |" in direction
+    assert "| chinese | **+0.0110 ± 0.0006** |" in ramp
     assert "| chinese | +0.0000 ± 0.0000 |" in text
     assert "No schedule has been proposed yet." in text
     page = "by hand\n<!-- begin state -->\nold\n<!-- end state -->\nby hand\n"
@@ -497,12 +510,22 @@ def test_the_page_regenerates_from_the_results(tmp_path: Path) -> None:
 
 def test_both_pages_name_sections_that_exist() -> None:
     root = Path(report.__file__).parents[2]
-    names = "primary state held_out summary recency_summary verdicts recency final differences"
-    sections = dict.fromkeys(f"{names} speed proposal figures".split(), "generated")
+    results = Results(FULL.results)
+    analysis = Analysis.of(results.current(FULL)[0].values())
+    names = [*report.make_sections(analysis, results, FULL, {}), "figures"]
+    sections = dict.fromkeys(names, "generated")
+    shown: set[str] = set()
     for page in report.PAGES:
         text = (root / page).read_text(encoding="utf-8")
         filled = report.fill_page(text, sections, page)
         assert filled.count("<!-- begin ") == filled.count(" -->\ngenerated\n<!-- end ") >= 4
+        shown.update(re.findall("<!-- begin (\\w+) -->", text))
+    assert shown == set(names)
+
+
+def section_of(text: str, title: str) -> str:
+    """Returns a section of the report."""
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
 def test_a_proposal_is_recorded_and_stays_as_it_is(data: Path, tmp_path: Path) -> None:
@@ -526,8 +549,14 @@ def test_a_proposal_is_recorded_and_stays_as_it_is(data: Path, tmp_path: Path) -
     # Chinese gets better by what comes last, nothing else depends on anything.
     last_weights = block["knots"][-1]["weights"]
     assert max(last_weights, key=last_weights.get) == "chinese"
-    low, high = again.proposals["small"]["predicted"]["chinese"][1:]
+    predicted = again.proposals["small"]["predicted"]
+    low, high = predicted["proposed"]["chinese"][1:]
     assert low < high < 3
+    # With the same totals only the order differs, and the best static blend has its own totals.
+    goals = {name: one["goal"][0] for name, one in predicted.items()}
+    assert goals["proposed"] < goals["proposed_static"]
+    assert goals["proposed"] < goals["best_static"]
+    assert goals["proposed"] < goals["best_arm"] + 1e-4  # which has the most Chinese at the end
     # The scripted learning rates are the same, so both shapes of an arm count as one run.
     analysis = Analysis.of(results.current(FULL)[0].values())
     assert len(observations(analysis, "small")) == 2 * (len(ARMS) - 2) + 2 + 12
