@@ -21,20 +21,16 @@ from examples.transfer_study.arms import check_equal_totals
 from examples.transfer_study.prepare import digest_of
 from examples.transfer_study.propose import propose
 from examples.transfer_study.report import write_report
-from examples.transfer_study.study import (
-    FULL,
-    QUICK,
+from examples.transfer_study.results import Results
+from examples.transfer_study.study import FULL, QUICK, Run, Study, plan
+from examples.transfer_study.training import (
     Clock,
     OutOfTimeError,
     Prepared,
-    Results,
-    Run,
-    Study,
     Workers,
     default_workers,
     missing_runs,
     num_gpus,
-    plan,
     prepare,
     train_all,
 )

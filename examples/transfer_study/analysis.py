@@ -230,8 +230,6 @@ class Analysis:
         for pair in sorted(static.keys() & self.runs.get(cell, {}).keys()):
             if len(static[pair]["curve"]) < 4:  # both ends, and two before the decay
                 return None
-            if len(static[pair]["curve"]) < 4:
-                return None  # the first of two would be that of the foundation
             before, last = static[pair]["curve"][-3:-1]
             tokens = (last["tokens"] - before["tokens"]) / static[pair]["tokens"]
             slopes.append(
@@ -328,11 +326,11 @@ def first_crossing(curve: Sequence[Entry], source: str, goal: float) -> float | 
     """
     before: tuple[float, float] | None = None
     for point in curve:
-        tokens, value = point["tokens"], point["bits_per_byte"][source]
+        tokens, value = float(point["tokens"]), float(point["bits_per_byte"][source])
         if value <= goal:
             if before is None or before[1] == value:
-                return float(tokens)
+                return tokens
             share = (before[1] - goal) / (before[1] - value)
             return before[0] + share * (tokens - before[0])
-        before = (float(tokens), value)
+        before = (tokens, value)
     return None

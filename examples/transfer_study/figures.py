@@ -36,8 +36,8 @@ CAPTIONS = {
         "without a bar has one seed."
     ),
     "curves": (
-        "The same differences during training, on a smaller held-out text. The rows share a "
-        "vertical axis, and the dotted line is where the learning rate begins to decay."
+        "The same differences during training, on a smaller held-out text. The panels of a row "
+        "share a vertical axis; the dotted line is where the constant learning rate decays."
     ),
     "arms": "Shares of the sources over a run, with the common tail where an arm was run with it.",
 }

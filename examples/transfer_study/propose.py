@@ -8,6 +8,7 @@ import numpy as np
 
 from examples.transfer_study.analysis import GOAL, Analysis, Cell
 from examples.transfer_study.arms import ARMS, SOURCES, static_schedule
+from examples.transfer_study.results import Results
 from examples.transfer_study.study import (
     LEARNING_RATES,
     PROPOSED,
@@ -15,7 +16,6 @@ from examples.transfer_study.study import (
     REFERENCE,
     SEQ_LENGTH,
     ModelSize,
-    Results,
     Run,
     Study,
 )
@@ -68,7 +68,7 @@ def trajectory_of_block(
     length = -(-budget.iterations // len(learning_rate)) * budget.samples_per_iteration
     parts = [source[start : start + length] for start in range(0, len(source), length)]
     counts = np.stack([np.bincount(part, minlength=len(SOURCES)) for part in parts])
-    return Trajectory(learning_rate, counts * float(SEQ_LENGTH))
+    return Trajectory(learning_rate, np.asarray(counts * SEQ_LENGTH, np.float64))
 
 
 def goal_of(analysis: Analysis, cell: Cell) -> float:

@@ -27,7 +27,8 @@ from examples.transfer_study.analysis import (
 from examples.transfer_study.arms import DESCRIPTION, EQUAL_ARMS, SOURCES
 from examples.transfer_study.figures import CAPTIONS, draw_figures
 from examples.transfer_study.prepare import EVALUATED
-from examples.transfer_study.study import PROPOSED, PROPOSED_STATIC, REFERENCE, Results, Study, plan
+from examples.transfer_study.results import Results
+from examples.transfer_study.study import PROPOSED, PROPOSED_STATIC, REFERENCE, Study, plan
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import write_output_file
 

@@ -500,7 +500,8 @@ def _knot_logits(trajectory: Trajectory, positions: FloatArray) -> FloatArray:
     num_parts = len(trajectory.tokens)
     nearest = np.abs((np.arange(num_parts)[:, None] + 0.5) / num_parts - positions).argmin(axis=1)
     counts = np.stack([trajectory.tokens[nearest == k].sum(0) for k in range(len(positions))])
-    return np.log(np.maximum(counts / counts.sum(axis=1, keepdims=True), 1e-3))
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    return np.asarray(np.log(np.maximum(shares, 1e-3)), np.float64)
 
 
 def _search(

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tiny_run import TinyRun
 
-from examples.transfer_study.study import Workers, delete_checkpoints, make_job
+from examples.transfer_study.training import Workers, delete_checkpoints, make_job
 from megatron_chatflow.errors import UserError
 
 

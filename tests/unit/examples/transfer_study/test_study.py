@@ -11,7 +11,7 @@ import pytest
 from tiny_run import train_tokenizer
 
 from examples.transfer_study import __main__ as command
-from examples.transfer_study import prepare, report, study
+from examples.transfer_study import prepare, report, study, training
 from examples.transfer_study.analysis import (
     Analysis,
     Cell,
@@ -40,18 +40,9 @@ from examples.transfer_study.prepare import (
     split_documents,
 )
 from examples.transfer_study.propose import observations, propose
-from examples.transfer_study.study import (
-    FULL,
-    QUICK,
-    Clock,
-    Prepared,
-    Results,
-    Run,
-    make_config,
-    missing_runs,
-    plan,
-    training_digest,
-)
+from examples.transfer_study.results import Results
+from examples.transfer_study.study import FULL, QUICK, Run, make_config, plan, training_digest
+from examples.transfer_study.training import Clock, Prepared, missing_runs
 from examples.transfer_study.worker import summarize
 from megatron_chatflow.blend import Schedule
 from megatron_chatflow.config import load_config
@@ -328,7 +319,7 @@ def test_complete_runs_are_skipped_and_changed_ones_are_not(
     facts = Prepared("e", "f", tmp_path)
     trained: list[str] = []
 
-    class Recorder(study.Workers):
+    class Recorder(training.Workers):
         def train(self, job: Any) -> dict[str, Any]:
             trained.append(job["folder"])
             run = next(run for run in runs if job["folder"] == str(tmp_path / run.key))
@@ -339,7 +330,7 @@ def test_complete_runs_are_skipped_and_changed_ones_are_not(
     def train_missing(prepared: Prepared = facts, clock: Clock | None = None) -> list[str]:
         missing = missing_runs(runs, sizes, results, prepared.weights)
         pool = Recorder(1, 1)
-        return study.train_all(missing, sizes, prepared, results, pool, clock or Clock())
+        return training.train_all(missing, sizes, prepared, results, pool, clock or Clock())
 
     path = tmp_path / "results.json"
     results = write_results(path, [])
