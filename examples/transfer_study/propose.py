@@ -35,15 +35,17 @@ from megatron_chatflow.data.indexed import IndexedDataset
 
 
 def observations(analysis: Analysis, model: str) -> list[Observation]:
-    """Returns one observation of each arm and random schedule, the mean over its seeds."""
-    return merge_replicates(
-        [
-            Observation(f"{cell}", trajectory_of(entry), entry["final"], group=cell.arm)
-            for cell, seeds in analysis.runs.items()
-            if cell.model == model and cell.arm not in (PROPOSED, PROPOSED_STATIC)
-            for entry in seeds.values()
-        ]
-    )
+    """Returns one observation of each arm and random schedule, the mean over its seeds.
+
+    The Chinese-only arm is not a mixture and is left out.
+    """
+    found = [
+        Observation(f"{cell}", trajectory_of(entry), entry["final"], group=cell.arm)
+        for cell, seeds in analysis.runs.items()
+        if cell.model == model and cell.arm not in (PROPOSED, PROPOSED_STATIC)
+        for entry in seeds.values()
+    ]
+    return merge_replicates([one for one in found if one.is_mixture])
 
 
 def trajectory_of(entry: Mapping[str, Any]) -> Trajectory:

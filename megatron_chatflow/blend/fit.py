@@ -95,6 +95,15 @@ class Observation:
     losses: Mapping[str, float]
     group: str = ""
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the run has read more than one source.
+
+        Losses of a run on sources it has not read measure forgetting. The model has no term for
+        that; fitted to a run that has read a single source, it fails on all others.
+        """
+        return int((self.trajectory.tokens.sum(axis=0) > 0).sum()) > 1
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -286,11 +295,21 @@ def merge_replicates(observations: Sequence[Observation]) -> list[Observation]:
     return merged
 
 
+def without_single_sources(observations: Sequence[Observation]) -> list[Observation]:
+    """Leaves out the runs that read one source only.
+
+    Their losses on all other text measure forgetting, for which the model has no term and which
+    would outweigh everything else in a fit.
+    """
+    return [one for one in observations if (one.trajectory.tokens.sum(axis=0) > 0).sum() > 1]
+
+
 def fit_recency(observations: Sequence[Observation], sources: Sequence[str]) -> RecencyFit:
     """Fits the model to runs.
 
     Args:
-        observations: The runs; trajectories have the sources in the given order.
+        observations: The runs, which should be mixtures; trajectories have the sources in the given
+            order.
         sources: Names of the training sources.
 
     Raises:

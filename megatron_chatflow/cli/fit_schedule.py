@@ -60,7 +60,12 @@ def main() -> None:
             f"{args.config}: the source {min(unknown)} is not one that both the configuration and "
             "the runs have; use the configuration of the runs"
         )
-    fit = fit_recency(merge_replicates([run.observation(sources) for run in runs]), sources)
+    observations = [run.observation(sources) for run in runs]
+    mixtures = [one for one in observations if one.is_mixture]
+    for one in observations:
+        if not one.is_mixture:
+            print(f"note: {one.name}: reads a single source, so it is left out of the fit")
+    fit = fit_recency(merge_replicates(mixtures), sources)
     length = RunLength.of(config)
     num_tokens = float(length.num_samples * config.data.seq_length)
     rates = mean_learning_rates(config, length)
@@ -69,8 +74,13 @@ def main() -> None:
     )
     block = schedule_block(proposal, sources, length.last_iteration)
     predicted = fit.predict(proposal.trajectory)
-    print(f"{len(runs)} runs; losses are bits per byte of the validation")
+    print(f"{len(mixtures)} runs; losses are bits per byte of the validation")
     print(format_table(_rows(fit, predicted, goal)))
+    if names := [name for name, one in fit.targets.items() if one.sigma >= one.spread]:
+        print(
+            f"note: the fit predicts {', '.join(names)} no better than the mean of the runs does; "
+            "add runs, with other schedules"
+        )
     ratio = float(rates.max()) / fit.peak
     if not 0.8 < ratio < 1.25:
         print(

@@ -17,10 +17,13 @@ ITERATIONS, BATCH_TOKENS = 40, 8 * 64
 TOKENS = ITERATIONS * BATCH_TOKENS
 
 
-def write_run(folder: Path, number: int) -> Path:
-    """Writes metrics whose loss on ``second`` is lower the later it was read."""
+def write_run(folder: Path, number: int, ends: tuple[float, float] | None = None) -> Path:
+    """Writes metrics whose loss on ``second`` is lower the later it was read.
+
+    ``ends`` are the shares of ``second`` at both ends; they are random by default.
+    """
     rng = random.Random(number)
-    begin, end = rng.random(), rng.random()
+    begin, end = ends or (rng.random(), rng.random())
     lines, drawn, recent = [], 0.0, 0.0
     for n in range(1, ITERATIONS + 1):
         share = begin + (end - begin) * n / ITERATIONS
@@ -75,6 +78,24 @@ def test_a_schedule_is_proposed_for_the_goal(
     ).stdout
     assert "schedule:" in printed and "tokens: first" in printed
     assert "note: the highest learning rate is 3 times that of the runs" in printed
+
+
+def test_what_weakens_a_fit_is_said(runs: list[Path], tiny_run: TinyRun, tmp_path: Path) -> None:
+    alone = write_run(tmp_path / "alone", 1, ends=(1.0, 1.0))
+    metrics = alone / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"bits_per_byte": 2.', '"bits_per_byte": 9.'))
+    goal = ("--config", tiny_run.config, "--goal", "second=1")
+    expected = call_tool("fit_schedule.py", *runs, *goal).stdout
+    printed = call_tool("fit_schedule.py", *runs, alone, *goal).stdout
+    assert (
+        printed == f"note: {alone}: reads a single source, so it is left out of the fit\n{expected}"
+    )
+    # An outlier that nothing explains: each of the others is predicted from it.
+    strange = write_run(tmp_path / "strange", 99)
+    metrics = strange / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"bits_per_byte": 2.', '"bits_per_byte": 9.'))
+    printed = call_tool("fit_schedule.py", *runs, strange, *goal).stdout
+    assert "note: the fit predicts first no better than the mean of the runs does" in printed
 
 
 def test_runs_are_read_in_parts(runs: list[Path], tmp_path: Path) -> None:
