@@ -20,9 +20,11 @@ is that of predicting each group of runs from all others, with the nonlinear par
 each time; it is only approximately nested, because these are compared by errors in which the other
 groups took part. Runs of one kind, such as an arm with and without a tail, form a group, because
 they would predict each other. An optimizer is drawn to where a model errs, so the proposal
-minimizes the upper end of the prediction, among schedules whose leverage is at most that of the
-runs: beyond, it would extrapolate. In a run of another length, which the fit always extrapolates,
-the bound is the leverage of the runs' mean mixture.
+minimizes the upper end of the prediction, among schedules that do not extrapolate. At each knot,
+the share of a source is between the lowest and the highest that the runs had there, and the
+leverage is at most that of the runs. Leverage alone does not suffice: effective masses are sums,
+which do not show that a phase reads a single source. In a run of another length, which the fit
+always extrapolates, the bound is the leverage of the runs' mean mixture.
 """
 
 import json
@@ -438,7 +440,8 @@ def propose_schedule(
 ) -> Proposal:
     """Searches the schedule with the best score, linear between equally spaced knots.
 
-    It extrapolates no farther for the sources of the goal than the length of the run demands.
+    It extrapolates no farther for the sources of the goal than the length of the run and
+    ``max_tokens`` demand.
 
     Args:
         fit: The fitted model.
@@ -453,7 +456,8 @@ def propose_schedule(
         seed: Seed of the random starts and directions.
 
     Raises:
-        UserError: The goal names a source without a fit, or the bounds leave too few tokens.
+        UserError: The goal names a source without a fit, the bounds leave too few tokens, or a run
+            has fewer parts than knots.
     """
     for name in goal:
         if name not in fit.targets:
@@ -466,6 +470,9 @@ def propose_schedule(
             f"the sources have {bounds.sum():.0f} tokens together, fewer than the {num_tokens:.0f} "
             "of the run; train shorter, or allow more epochs"
         )
+    least = min(len(learning_rate), *(len(one.tokens) for one in fit.trajectories))
+    if num_knots > least:
+        raise UserError(f"{num_knots} knots: a run has {least} parts; use at most as many")
     num_parts, num_sources = len(learning_rate), len(fit.sources)
     positions = np.linspace(0, 1, num_knots)
     middles = (np.arange(num_parts) + 0.5) / num_parts
@@ -477,6 +484,7 @@ def propose_schedule(
         return shares, Trajectory(learning_rate, mix @ shares * (num_tokens / num_parts))
 
     runs = [_knot_logits(one, positions) for one in fit.trajectories]
+    lowest, highest = (np.exp(end(runs, axis=0)) for end in (np.min, np.max))
     mean_mixture = np.tile(np.mean(runs, axis=(0, 1)), (num_knots, 1))
     middle = trajectory(mean_mixture)[1]
     limits = {
@@ -486,8 +494,10 @@ def propose_schedule(
     }
 
     def cost(logits: FloatArray) -> float:
-        _, found = trajectory(logits)
-        excess = float(np.maximum(found.tokens.sum(axis=0) / bounds - 1, 0).sum())
+        shares, found = trajectory(logits)
+        excess = float(np.maximum(np.maximum(shares - highest, lowest - shares), 0).sum())
+        # What a source does not have comes before what the runs had.
+        excess += 100 * float(np.maximum(found.tokens.sum(axis=0) / bounds - 1, 0).sum())
         for name, limit in limits.items():
             excess += max(0.0, fit.targets[name].leverage(found, fit.peak) / limit - 1)
         mean, deviation = fit.predict_goal(found, goal)

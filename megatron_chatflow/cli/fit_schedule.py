@@ -1,7 +1,8 @@
 """``chatflow fit-schedule``: proposes a schedule from the results of short runs."""
 
 import argparse
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from megatron_chatflow.blend.fit import (
     NUM_PARTS,
     FloatArray,
+    Observation,
+    Proposal,
     RecencyFit,
     fit_recency,
     merge_replicates,
@@ -81,6 +84,7 @@ def main() -> None:
             f"note: the fit predicts {', '.join(names)} no better than the mean of the runs does; "
             "add runs, with other schedules"
         )
+    print(_goal_line(fit, mixtures, proposal, goal))
     ratio = float(rates.max()) / fit.peak
     if not 0.8 < ratio < 1.25:
         print(
@@ -181,6 +185,29 @@ def _numbers(texts: list[str], flag: str, convert: Callable[[str], float]) -> di
 
 def _count(text: str) -> float:
     return float(text if text.isdecimal() else parse_count(text))
+
+
+def _goal_line(
+    fit: RecencyFit,
+    observations: Sequence[Observation],
+    proposal: Proposal,
+    goal: Mapping[str, float],
+) -> str:
+    """Returns the predicted goal beside that of the best run of about the same length."""
+    mean, deviation = fit.predict_goal(proposal.trajectory, goal)
+    low, high = mean - 2 * deviation, mean + 2 * deviation
+    line = f"goal, the mean of log losses: predicted {mean:.4f} ({low:.4f} to {high:.4f})"
+    length, total = proposal.trajectory.tokens.sum(), sum(goal.values())
+    found = {
+        one.name: sum(weight * math.log(one.losses[name]) for name, weight in goal.items()) / total
+        for one in observations
+        if 0.8 < one.trajectory.tokens.sum() / length < 1.25
+    }
+    if not found:
+        return line
+    best = min(found, key=found.__getitem__)
+    known = "" if high < found[best] else ", so the proposal is not known to be better"
+    return f"{line}; the best run, {best}, has {found[best]:.4f}{known}"
 
 
 def _rows(

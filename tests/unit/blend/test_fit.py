@@ -1,5 +1,7 @@
 """Tests the fit of losses to what runs read, on synthetic data whose truth is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -193,6 +195,31 @@ def test_schedules_outside_the_runs_extrapolate() -> None:
     target = fit.targets["instruction"]
     limit = target.leverage(middle, fit.peak)
     assert target.max_leverage < target.leverage(longer.trajectory, fit.peak) < 1.05 * limit
+
+
+def test_no_share_is_outside_of_what_the_runs_had() -> None:
+    """Effective masses are sums: a phase of one source may have those of an ordinary run."""
+    runs, _ = random_runs(30, 0.2, 0.2)
+    is_early = np.arange(PARTS) < PARTS / 2
+    for run in runs:  # English is rare early, and instructions late
+        for when, which in ((is_early, 0), (~is_early, 2)):
+            run.trajectory.tokens[when, which] *= 0.3
+            run.trajectory.tokens[when, 1] = LENGTH / PARTS - run.trajectory.tokens[when][
+                :, [0, 2]
+            ].sum(axis=1)
+    runs = [replace(run, losses=true_losses(run.trajectory, 0.2, 0.2)) for run in runs]
+    fit = fit_recency(runs, SOURCES)
+    shares = np.stack([run.trajectory.tokens / (LENGTH / PARTS) for run in runs])
+    for goal in SOURCES:
+        found = propose_schedule(fit, {goal: 1.0}, rates(False), LENGTH, num_starts=2).shares
+        for knot, part in ((0, slice(0, 5)), (-1, slice(-5, None))):
+            seen = shares[:, part].mean(axis=1)
+            assert np.all(found[knot] <= seen.max(axis=0) + 0.02)
+            assert np.all(found[knot] >= seen.min(axis=0) - 0.02)
+    # A source that does not have enough tokens comes before that.
+    bounds = {"chinese": 0.01 * LENGTH}
+    found = propose_schedule(fit, {"chinese": 1.0}, rates(False), LENGTH, max_tokens=bounds)
+    assert found.trajectory.tokens[:, 1].sum() < 0.011 * LENGTH
 
 
 def test_the_best_static_mixture_is_no_better_than_a_schedule() -> None:

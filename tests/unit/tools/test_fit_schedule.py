@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,9 @@ def test_a_schedule_is_proposed_for_the_goal(
     assert done.returncode == 0, done.stderr
     assert "16 runs" in done.stdout and f"put it into {path}" in done.stdout
     assert "note:" not in done.stdout
+    # The best run ends with the most of the second source, and nothing else could be better.
+    assert re.search(r"predicted 0\.\d{4} \(.*\); the best run, \S+/run_\d+, has 0\.", done.stdout)
+    assert "so the proposal is not known to be better" in done.stdout
     block = yaml.safe_load(output.read_text())["data"]["schedule"]
     schedule = Schedule.from_dict(block, ["first", "second"], 8)
     shares = [schedule.weights(8 * t)[1] / 2**32 for t in range(ITERATIONS)]
@@ -77,6 +81,7 @@ def test_a_schedule_is_proposed_for_the_goal(
         "fit_schedule.py", *runs, "--config", tiny_run.config, "--goal", "second=1"
     ).stdout
     assert "schedule:" in printed and "tokens: first" in printed
+    assert "goal, the mean of log losses: predicted" in printed and "best run" not in printed
     assert "note: the highest learning rate is 3 times that of the runs" in printed
 
 
@@ -135,6 +140,7 @@ def test_mistakes_are_one_line(runs: list[Path], tiny_run: TinyRun, tmp_path: Pa
         ([*runs, "--goal", "third=1"], "goal: third was not evaluated; known: first, second"),
         ([*runs, *good, "--max-tokens", "third=5K"], "the source third is not one that both"),
         ([*runs, *good, "--knots", "0"], "--knots: must be at least 1, not 0"),
+        ([*runs, *good, "--knots", "41"], "41 knots: a run has 10 parts; use at most as many"),
         ([*runs, *good, "--caution", "nan"], "--caution: must be from 0 to 100, not nan"),
     ):
         done = call_tool("fit_schedule.py", "--config", tiny_run.config, *arguments)
