@@ -216,29 +216,32 @@ class Analysis:
             f"({seeds} seed{'s' if seeds > 1 else ''})"
         )
 
-    def share_of_run(self, cell: Cell, source: str) -> float | None:
+    def share_of_run(self, cell: Cell, source: str) -> tuple[float, float, float] | None:
         """Returns what the difference to the static arm is worth, as a part of the run.
 
-        It is the final difference divided by what the static arm gains per token between its last
-        two evaluations before the decay, relative to the length of the run; negative if the arm is
-        ahead. None if it is not clear that the static arm gains something there, or if it was
-        evaluated less often.
+        It is the final difference on the text of the curves, divided by what the static arm gains
+        per token between its last two evaluations before the decay, relative to the length of the
+        run; positive if the arm is ahead. None if it is not clear that the static arm gains
+        something there, or if it was evaluated less often.
+
+        Returns:
+            The ratio of the means over seeds, and the lowest and highest ratio of a seed.
         """
-        difference = self.difference(cell, source)
-        static = self.runs.get(self.reference(cell), {})
-        slopes = []
-        for pair in sorted(static.keys() & self.runs.get(cell, {}).keys()):
-            if len(static[pair]["curve"]) < 4:  # both ends, and two before the decay
+        ours, static = self.runs.get(cell, {}), self.runs.get(self.reference(cell), {})
+        ahead, slopes = [], []
+        for pair in sorted(static.keys() & ours.keys()):
+            curve = static[pair]["curve"]
+            if len(curve) < 4:  # both ends, and two before the decay
                 return None
-            before, last = static[pair]["curve"][-3:-1]
-            tokens = (last["tokens"] - before["tokens"]) / static[pair]["tokens"]
-            slopes.append(
-                (before["bits_per_byte"][source] - last["bits_per_byte"][source]) / tokens
-            )
+            before, last, final = (point["bits_per_byte"][source] for point in curve[-3:])
+            tokens = (curve[-2]["tokens"] - curve[-3]["tokens"]) / static[pair]["tokens"]
+            slopes.append((before - last) / tokens)
+            ahead.append(final - ours[pair]["curve"][-1]["bits_per_byte"][source])
         gained = paired(slopes)
-        if difference is None or gained is None or gained.verdict != "higher":
+        if gained is None or gained.verdict != "higher" or min(slopes) <= 0:
             return None
-        return difference.mean / gained.mean
+        ratios = [one / slope for one, slope in zip(ahead, slopes, strict=True)]
+        return fmean(ahead) / gained.mean, min(ratios), max(ratios)
 
     def reach(self, cell: Cell, source: str, *, before_decay: bool = False) -> Reach:
         """Returns when an arm reaches bits per byte of the static arm on a source.

@@ -37,7 +37,7 @@ from megatron_chatflow.data.indexed import IndexedDataset
 def observations(analysis: Analysis, model: str) -> list[Observation]:
     """Returns one observation of each arm and random schedule, the mean over its seeds.
 
-    The Chinese-only arm is not a mixture and is left out.
+    The Chinese-only arm without a tail is not a mixture and is left out.
     """
     found = [
         Observation(f"{cell}", trajectory_of(entry), entry["final"], group=cell.arm)

@@ -171,7 +171,9 @@ def _by_source(analysis: Analysis) -> str:
                     f"{after:.3f}",
                     _marked(found),
                     f"{100 * logs.mean:+.1f} %",
-                    "-" if share is None else f"{-100 * share:+.0f} %",
+                    "-"
+                    if share is None
+                    else "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(100 * one for one in share)),
                     f"{GOAL[source] / sum(GOAL.values()) * logs.mean:+.4f}",
                 ]
             )
@@ -272,12 +274,12 @@ def _summary(analysis: Analysis) -> str:
 
 
 def _contrasts(analysis: Analysis, name: str) -> str:
-    """Returns the effect of the ramp's direction, or that of any ramp, by source and setting."""
+    """Returns a contrast of the two ramps and the static arm, by measure and setting."""
     arms, combine = _CONTRASTS[name]
     cells = [Cell(*setting, REFERENCE) for setting in analysis.settings()]
     return _by_setting(
         cells,
-        ("goal", *EVALUATED),
+        analysis.measures,
         lambda cell, measure: analysis.contrast(cell, measure, arms, combine),
     )
 
@@ -317,10 +319,13 @@ def _totals(analysis: Analysis) -> str:
         if not arms:
             continue
         rows = []
-        for arm in (REFERENCE, *arms):
+        found = {arm: analysis.values(Cell(*setting, arm), "goal") for arm in (REFERENCE, *arms)}
+        common = set.intersection(*(set(one) for one in found.values()))
+        for arm in found:
             values = [analysis.values(Cell(*setting, arm), name) for name in EVALUATED]
-            rows.append([arm, *(f"{fmean(one.values()):.3f}" for one in values)])
-            rows[-1].append(str(len(values[0])))
+            if common:
+                means = [fmean(one[pair] for pair in common) for one in values]
+                rows.append([arm, *(f"{one:.3f}" for one in means), str(len(common))])
         parts.append(f"**{name_of(setting)}**\n\n{_table(['arm', *EVALUATED, 'seeds'], rows)}")
     return "\n\n".join(parts) or "Not measured yet."
 
@@ -380,7 +385,11 @@ def _difference_table(analysis: Analysis, setting: Setting) -> str:
 
 
 def _speed_table(analysis: Analysis, setting: Setting) -> str:
-    """Returns when arms reach two values of the static arm."""
+    """Returns when arms reach values of the static arm; "" without curves that show it.
+
+    A cosine has no start of the decay.
+    """
+    values = (True, False) if setting[1] == "wsd" else (False,)
     rows = [
         [
             arm,
@@ -391,15 +400,21 @@ def _speed_table(analysis: Analysis, setting: Setting) -> str:
             ),
         ]
         for arm in analysis.arms(setting)
-        if arm != REFERENCE
-        for before_decay in (True, False)
+        if arm != REFERENCE and analysis.reach(Cell(*setting, arm), SOURCES[0]).shares
+        for before_decay in values
     ]
+    if not rows:
+        return ""
     return f"**{name_of(setting)}**\n\n" + _table(["arm", "static's value", *EVALUATED], rows)
 
 
 def _speed_summary(analysis: Analysis) -> str:
     """Returns when the dynamic arm reaches the final values of the static arm, by setting."""
-    settings = [one for one in analysis.settings() if "dynamic" in analysis.arms(one)]
+    settings = [
+        one
+        for one in analysis.settings()
+        if analysis.reach(Cell(*one, "dynamic"), SOURCES[0]).shares
+    ]
     rows = [
         [source, *(str(analysis.reach(Cell(*one, "dynamic"), source)) for one in settings)]
         for source in EVALUATED

@@ -20,11 +20,11 @@ is that of predicting each group of runs from all others, with the nonlinear par
 each time; it is only approximately nested, because these are compared by errors in which the other
 groups took part. Runs of one kind, such as an arm with and without a tail, form a group, because
 they would predict each other. An optimizer is drawn to where a model errs, so the proposal
-minimizes the upper end of the prediction, among schedules that do not extrapolate. At each knot,
-the share of a source is between the lowest and the highest that the runs had there, and the
+minimizes the upper end of the prediction, among schedules that do not extrapolate: around each
+knot, the share of a source is between the lowest and the highest that the runs had there, and the
 leverage is at most that of the runs. Leverage alone does not suffice: effective masses are sums,
 which do not show that a phase reads a single source. In a run of another length, which the fit
-always extrapolates, the bound is the leverage of the runs' mean mixture.
+always extrapolates, the bound is the leverage of the runs' mean mixture if that is higher.
 """
 
 import json
@@ -115,11 +115,13 @@ class RunRecord:
         name: Its folder or name.
         parts: The mean ``learning_rate`` and the ``tokens`` by source of each part of the run.
         losses: Final bits per byte of each evaluated source.
+        group: `Observation.group`.
     """
 
     name: str
     parts: Sequence[Mapping[str, Any]]
     losses: Mapping[str, float]
+    group: str = ""
 
     @property
     def read(self) -> set[str]:
@@ -130,7 +132,8 @@ class RunRecord:
         """Returns the run with its sources in this order."""
         rates = np.array([part["learning_rate"] for part in self.parts], np.float64)
         rows = [[part["tokens"].get(name, 0) for name in sources] for part in self.parts]
-        return Observation(self.name, Trajectory(rates, np.array(rows, np.float64)), self.losses)
+        trajectory = Trajectory(rates, np.array(rows, np.float64))
+        return Observation(self.name, trajectory, self.losses, self.group)
 
 
 def parts_of_run(entries: Sequence[Mapping[str, Any]], num_parts: int) -> list[dict[str, Any]]:
@@ -175,7 +178,7 @@ def read_runs(path: Path, model: str | None = None) -> list[RunRecord]:
         if model not in models and (model is not None or len(models) != 1):
             raise UserError(f"{file}: name one of its models with --model: {', '.join(models)}")
         return [
-            RunRecord(name, run["trajectory"], run["final"])
+            RunRecord(name, run["trajectory"], run["final"], run.get("arm", ""))
             for name, run in runs.items()
             if model in (None, run["model"])
         ]
@@ -270,10 +273,11 @@ class RecencyFit:
 
         The errors of different sources are correlated as they are when groups are left out.
         """
+        targets = [self.targets[name] for name in goal]
         weights = np.array(list(goal.values())) / sum(goal.values())
-        found = np.array([self.targets[name].predict(trajectory, self.peak) for name in goal])
+        found = np.array([one.predict(trajectory, self.peak) for one in targets])
         # Not centered: what the errors have in common does not average out.
-        errors = np.stack([self.targets[name].errors / self.targets[name].sigma for name in goal])
+        errors = np.stack([one.errors / max(one.sigma, 1e-12) for one in targets])
         deviations = weights * found[:, 1]
         variance = np.mean((deviations @ errors) ** 2)
         return float(weights @ found[:, 0]), float(np.sqrt(variance))
@@ -295,15 +299,6 @@ def merge_replicates(observations: Sequence[Observation]) -> list[Observation]:
         losses = {name: float(np.mean([one.losses[name] for one in group])) for name in names}
         merged.append(replace(group[0], losses=losses))
     return merged
-
-
-def without_single_sources(observations: Sequence[Observation]) -> list[Observation]:
-    """Leaves out the runs that read one source only.
-
-    Their losses on all other text measure forgetting, for which the model has no term and which
-    would outweigh everything else in a fit.
-    """
-    return [one for one in observations if (one.trajectory.tokens.sum(axis=0) > 0).sum() > 1]
 
 
 def fit_recency(observations: Sequence[Observation], sources: Sequence[str]) -> RecencyFit:
@@ -338,7 +333,7 @@ def fit_recency(observations: Sequence[Observation], sources: Sequence[str]) -> 
         for saturation in SATURATIONS:
             grid.append((span * length, lasting, saturation * length))
             designs.append(_design(np.stack(rows), saturation * length))
-    groups = [one.group or f"{number}" for number, one in enumerate(observations)]
+    groups = [one.group or f"#{number}" for number, one in enumerate(observations)]
     smoothers = np.stack([_leave_groups_out(design, groups) for design in designs])
     targets = {}
     for name in names:
@@ -418,12 +413,15 @@ class Proposal:
         shares: float64[num_knots, num_sources], shares of tokens at the knots, linear between them.
         trajectory: What it reads.
         score: The predicted weighted mean of log losses plus ``caution`` standard deviations.
+        outside: Sources of which a knot has more or less than the runs had there, because of
+            ``max_tokens``.
     """
 
     positions: FloatArray
     shares: FloatArray
     trajectory: Trajectory
     score: float
+    outside: tuple[str, ...]
 
 
 def propose_schedule(
@@ -440,8 +438,9 @@ def propose_schedule(
 ) -> Proposal:
     """Searches the schedule with the best score, linear between equally spaced knots.
 
-    It extrapolates no farther for the sources of the goal than the length of the run and
-    ``max_tokens`` demand.
+    It extrapolates no farther than the length of the run and ``max_tokens`` demand: around each
+    knot, the share of a source is one that the runs had there, and the leverage for the sources of
+    the goal is at most that of the runs or of their mean mixture.
 
     Args:
         fit: The fitted model.
@@ -456,14 +455,15 @@ def propose_schedule(
         seed: Seed of the random starts and directions.
 
     Raises:
-        UserError: The goal names a source without a fit, the bounds leave too few tokens, or a run
-            has fewer parts than knots.
+        UserError: The goal names a source without a fit, the bounds leave too few tokens or cannot
+            be kept, or a run has fewer parts than knots.
     """
     for name in goal:
         if name not in fit.targets:
             raise UserError(f"goal: {name} was not evaluated; known: {', '.join(fit.targets)}")
     if not any(goal.values()) or min(goal.values()) < 0:
         raise UserError("goal: give weights of at least 0, and one above 0")
+    goal = {name: weight for name, weight in goal.items() if weight}
     bounds = np.array([(max_tokens or {}).get(name, np.inf) for name in fit.sources])
     if bounds.sum() < num_tokens:
         raise UserError(
@@ -483,21 +483,25 @@ def propose_schedule(
         shares /= shares.sum(axis=1, keepdims=True)
         return shares, Trajectory(learning_rate, mix @ shares * (num_tokens / num_parts))
 
-    runs = [_knot_logits(one, positions) for one in fit.trajectories]
-    lowest, highest = (np.exp(end(runs, axis=0)) for end in (np.min, np.max))
-    mean_mixture = np.tile(np.mean(runs, axis=(0, 1)), (num_knots, 1))
+    seen = np.stack([_knot_shares(one, positions) for one in fit.trajectories])
+    lowest, highest = seen.min(axis=0), seen.max(axis=0)
+    runs = list(np.log(np.maximum(seen, 1e-3)))
+    mean_mixture = np.tile(np.log(np.maximum(seen.mean(axis=(0, 1)), 1e-3)), (num_knots, 1))
     middle = trajectory(mean_mixture)[1]
     limits = {
         name: max(fit.targets[name].max_leverage, fit.targets[name].leverage(middle, fit.peak))
-        for name, weight in goal.items()
-        if weight
+        for name in goal
     }
+
+    def outside(shares: FloatArray) -> FloatArray:
+        return np.asarray(np.maximum(0, np.maximum(shares - highest, lowest - shares)))
 
     def cost(logits: FloatArray) -> float:
         shares, found = trajectory(logits)
-        excess = float(np.maximum(np.maximum(shares - highest, lowest - shares), 0).sum())
-        # What a source does not have comes before what the runs had.
-        excess += 100 * float(np.maximum(found.tokens.sum(axis=0) / bounds - 1, 0).sum())
+        excess = float(outside(shares).sum())
+        # Tokens that a source does not have weigh more than anything that no run had.
+        tokens = found.tokens.sum(axis=0)
+        excess += 1e4 * float(np.maximum(tokens - bounds, 0).sum()) / num_tokens
         for name, limit in limits.items():
             excess += max(0.0, fit.targets[name].leverage(found, fit.peak) / limit - 1)
         mean, deviation = fit.predict_goal(found, goal)
@@ -509,7 +513,15 @@ def propose_schedule(
         starts.append(rng.normal(0, 1.5, (num_knots, num_sources)))
     best, best_cost = min((_search(cost, one, rng) for one in starts), key=lambda found: found[1])
     shares, result = trajectory(best)
-    return Proposal(positions, shares, result, best_cost)
+    for name, excess in zip(fit.sources, result.tokens.sum(axis=0) - bounds, strict=True):
+        if excess > 0.01 * num_tokens:
+            raise UserError(f"no schedule was found that keeps the bound of the tokens of {name}")
+    too_far = [
+        name
+        for name, one in zip(fit.sources, outside(shares).max(axis=0), strict=True)
+        if one > 0.02
+    ]
+    return Proposal(positions, shares, result, best_cost, tuple(too_far))
 
 
 def schedule_block(
@@ -524,13 +536,15 @@ def schedule_block(
     return {"unit": "iterations", "knots": knots}
 
 
-def _knot_logits(trajectory: Trajectory, positions: FloatArray) -> FloatArray:
-    """Returns logarithms of a run's shares around knots, float64[num_knots, num_sources]."""
+def _knot_shares(trajectory: Trajectory, positions: FloatArray) -> FloatArray:
+    """Returns a run's mean shares around knots, float64[num_knots, num_sources].
+
+    Each part of the run belongs to the nearest knot.
+    """
     num_parts = len(trajectory.tokens)
     nearest = np.abs((np.arange(num_parts)[:, None] + 0.5) / num_parts - positions).argmin(axis=1)
     counts = np.stack([trajectory.tokens[nearest == k].sum(0) for k in range(len(positions))])
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    return np.asarray(np.log(np.maximum(shares, 1e-3)), np.float64)
+    return np.asarray(counts / counts.sum(axis=1, keepdims=True), np.float64)
 
 
 def _search(

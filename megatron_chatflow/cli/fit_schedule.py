@@ -55,7 +55,13 @@ def main() -> None:
     bounds = _numbers(args.max_tokens, "--max-tokens", _count)
     config = load_config(args.config)
     known = tuple(config.data.sources)
-    runs = [run for path in args.runs for run in read_runs(path, args.model)]
+    every = [run for path in args.runs for run in read_runs(path, args.model)]
+    runs = [run for run in every if len(run.read) > 1]
+    for run in every:
+        if len(run.read) < 2:
+            print(f"note: {run.name}: reads a single source, so it is left out of the fit")
+    if not runs:
+        raise UserError("no run reads more than one source; give runs of different mixtures")
     read = {name for run in runs for name in run.read}
     sources = tuple(name for name in known if name in read)
     if unknown := (read - set(known)) | (set(bounds) - set(sources)):
@@ -63,12 +69,8 @@ def main() -> None:
             f"{args.config}: the source {min(unknown)} is not one that both the configuration and "
             "the runs have; use the configuration of the runs"
         )
-    observations = [run.observation(sources) for run in runs]
-    mixtures = [one for one in observations if one.is_mixture]
-    for one in observations:
-        if not one.is_mixture:
-            print(f"note: {one.name}: reads a single source, so it is left out of the fit")
-    fit = fit_recency(merge_replicates(mixtures), sources)
+    observations = merge_replicates([run.observation(sources) for run in runs])
+    fit = fit_recency(observations, sources)
     length = RunLength.of(config)
     num_tokens = float(length.num_samples * config.data.seq_length)
     rates = mean_learning_rates(config, length)
@@ -77,14 +79,20 @@ def main() -> None:
     )
     block = schedule_block(proposal, sources, length.last_iteration)
     predicted = fit.predict(proposal.trajectory)
-    print(f"{len(mixtures)} runs; losses are bits per byte of the validation")
+    different = "" if len(observations) == len(runs) else f", {len(observations)} different ones"
+    print(f"{len(runs)} runs{different}; losses are bits per byte of the validation")
     print(format_table(_rows(fit, predicted, goal)))
     if names := [name for name, one in fit.targets.items() if one.sigma >= one.spread]:
         print(
             f"note: the fit predicts {', '.join(names)} no better than the mean of the runs does; "
             "add runs, with other schedules"
         )
-    print(_goal_line(fit, mixtures, proposal, goal))
+    print(_goal_line(fit, observations, proposal, goal, bounds))
+    if proposal.outside:
+        print(
+            f"note: because of --max-tokens, no run had such shares of "
+            f"{', '.join(proposal.outside)}: the prediction extrapolates"
+        )
     ratio = float(rates.max()) / fit.peak
     if not 0.8 < ratio < 1.25:
         print(
@@ -192,16 +200,22 @@ def _goal_line(
     observations: Sequence[Observation],
     proposal: Proposal,
     goal: Mapping[str, float],
+    bounds: Mapping[str, float],
 ) -> str:
-    """Returns the predicted goal beside that of the best run of about the same length."""
+    """Returns the predicted goal beside that of the best run of about the same length.
+
+    Runs that read more of a source than there is are no alternative.
+    """
     mean, deviation = fit.predict_goal(proposal.trajectory, goal)
     low, high = mean - 2 * deviation, mean + 2 * deviation
     line = f"goal, the mean of log losses: predicted {mean:.4f} ({low:.4f} to {high:.4f})"
+    most = [bounds.get(name, math.inf) for name in fit.sources]
     length, total = proposal.trajectory.tokens.sum(), sum(goal.values())
     found = {
         one.name: sum(weight * math.log(one.losses[name]) for name, weight in goal.items()) / total
         for one in observations
         if 0.8 < one.trajectory.tokens.sum() / length < 1.25
+        and np.all(one.trajectory.tokens.sum(axis=0) <= most)
     }
     if not found:
         return line
