@@ -13,6 +13,7 @@ from tiny_run import train_tokenizer
 from examples.transfer_study import __main__ as command
 from examples.transfer_study import prepare, report, study, training
 from examples.transfer_study.analysis import (
+    GOAL,
     Analysis,
     Cell,
     Reach,
@@ -45,6 +46,7 @@ from examples.transfer_study.study import FULL, QUICK, Run, make_config, plan, t
 from examples.transfer_study.training import Clock, Prepared, missing_runs
 from examples.transfer_study.worker import summarize
 from megatron_chatflow.blend import Schedule
+from megatron_chatflow.blend.fit import fit_recency
 from megatron_chatflow.config import load_config
 from megatron_chatflow.config.yaml_file import dump_yaml
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
@@ -550,6 +552,10 @@ def test_a_proposal_is_recorded_and_stays_as_it_is(data: Path, tmp_path: Path) -
     # Chinese-only arm, with and without tail, is one without mixture and one with.
     fitted = observations(Analysis.of(results.current(FULL)[0].values()), "small")
     assert len(fitted) == 2 * (len(ARMS) - 2) + 2 + 12 - 1
+    # It is better than the ramp that has the most Chinese at the end. Chinese alone is not fitted.
+    [dynamic] = [one for one in fitted if one.group == "dynamic" and "has_tail=False" in one.name]
+    fit = fit_recency(fitted, SOURCES)
+    assert goals["proposed"] < fit.predict_goal(dynamic.trajectory, GOAL)[0]
     proposed = Run("small", "proposed_static", "wsd", False, 1)
     config = make_config(proposed, FULL, again.proposals)
     budget = small.budget
