@@ -33,6 +33,7 @@ Pair = tuple[int, str]
 """What the runs of a pair have in common: the seed, and the hash of the foundation's weights."""
 Setting = tuple[str, str, bool]
 """Model, shape of the learning rate, and whether there is a common tail."""
+_PROBES: dict[str, dict[str, Any]] = DESCRIPTION["probes"]
 _SHAPES = {"wsd": "constant rate", "cosine": "cosine"}
 
 
@@ -285,12 +286,28 @@ def values_of(entry: Entry) -> dict[str, float]:
     if GOAL.keys() <= values.keys():
         equal = mean_log(values, dict.fromkeys(GOAL, 1.0))
         values = {"goal": mean_log(values, GOAL), EQUAL_GOAL: equal, **values}
-    for label, wanted in DESCRIPTION["probes"].items():
-        probe = label if label in entry["probes"] else label.rpartition("_")[0]
-        value = entry["probes"].get(probe, {}).get(wanted["number"])
-        if isinstance(value, int | float) and math.isfinite(value):
-            values[f"{label} ({wanted['better']} is better)"] = value
+    found = probe_numbers(entry)
+    for label, wanted in _PROBES.items():
+        if wanted["number"] in found[label]:
+            values[f"{label} ({wanted['better']} is better)"] = found[label][wanted["number"]]
     return values
+
+
+def probe_numbers(entry: Entry) -> dict[str, dict[str, float]]:
+    """Returns the finite numbers of each probe of ``arms.yaml``; none of one that was not run.
+
+    ``translation_zh`` and ``translation_en`` are numbers of one probe, ``translation``.
+    """
+    probes: Mapping[str, Mapping[str, float]] = entry["probes"]
+    names = {label: label if label in probes else label.rpartition("_")[0] for label in _PROBES}
+    return {
+        label: {
+            number: value
+            for number, value in probes.get(name, {}).items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        for label, name in names.items()
+    }
 
 
 def mean_log(values: Mapping[str, float], weights: Mapping[str, float]) -> float:

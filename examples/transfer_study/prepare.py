@@ -102,6 +102,11 @@ class Tokens:
         curve = self._files(one["validation_paths"] for one in self.sources().values())
         return [*self.files(), *self.held_out_files(), *curve]
 
+    def training_tokens(self) -> dict[str, int]:
+        """Returns the tokens of the training text by source."""
+        sources = self.sources()
+        return {name: IndexedDataset(sources[name]["paths"][0]).num_tokens for name in SOURCES}
+
     def held_out_sizes(self) -> dict[str, dict[str, int]]:
         """Returns documents and tokens of the held-out text by source."""
         sizes = {}

@@ -31,7 +31,6 @@ from megatron_chatflow.blend.fit import (
     propose_schedule,
     schedule_block,
 )
-from megatron_chatflow.data.indexed import IndexedDataset
 
 
 def observations(analysis: Analysis, model: str) -> list[Observation]:
@@ -40,18 +39,17 @@ def observations(analysis: Analysis, model: str) -> list[Observation]:
     The Chinese-only arm without a tail is not a mixture and is left out.
     """
     found = [
-        Observation(f"{cell}", trajectory_of(entry), entry["final"], group=cell.arm)
+        record_of(entry, f"{cell}", cell.arm)
         for cell, seeds in analysis.runs.items()
         if cell.model == model and cell.arm not in (PROPOSED, PROPOSED_STATIC)
         for entry in seeds.values()
     ]
-    return merge_replicates([one for one in found if one.is_mixture])
+    return merge_replicates([one.observation(SOURCES) for one in found if one.is_mixture])
 
 
-def trajectory_of(entry: Mapping[str, Any]) -> Trajectory:
-    """Returns what a run read, from its result."""
-    record = RunRecord("", entry["trajectory"], entry["final"])
-    return record.observation(SOURCES).trajectory
+def record_of(entry: Mapping[str, Any], name: str = "", group: str = "") -> RunRecord:
+    """Returns what the fit reads of a result."""
+    return RunRecord(name, entry["trajectory"], entry["final"], group)
 
 
 def trajectory_of_block(
@@ -105,27 +103,22 @@ def propose(results: Results, study: Study, model: ModelSize) -> dict[str, Any]:
     best = min(cells, key=lambda arm: goal_of(analysis, cells[arm]))
     cell = analysis.reference(cells[best]) if best == REFERENCE else cells[best]
     entry = next(iter(analysis.runs[cell].values()))
-    learning_rate = trajectory_of(entry).learning_rate
-    sources = model.tokens.sources()
-    sizes = {
-        name: float(sum(IndexedDataset(path).num_tokens for path in one["paths"]))
-        for name, one in sources.items()
-        if name in SOURCES
-    }
+    read = record_of(entry).observation(SOURCES).trajectory
+    sizes = {name: float(count) for name, count in model.tokens.training_tokens().items()}
     num_tokens = entry["tokens"]
-    search = (fit, GOAL, learning_rate, num_tokens)
+    search = (fit, GOAL, read.learning_rate, num_tokens)
     block = schedule_block(
         propose_schedule(*search, max_tokens=sizes), SOURCES, model.budget.iterations
     )
     # The best mixture without an order shows what the order adds to the choice of the totals.
     mixture = propose_schedule(*search, max_tokens=sizes, num_knots=1)
     trajectories = {
-        PROPOSED: trajectory_of_block(block, model, learning_rate),
+        PROPOSED: trajectory_of_block(block, model, read.learning_rate),
         PROPOSED_STATIC: trajectory_of_block(
-            static_schedule(block, model.budget), model, learning_rate
+            static_schedule(block, model.budget), model, read.learning_rate
         ),
         "best_static": mixture.trajectory,
-        "best_arm": trajectory_of(entry),
+        "best_arm": read,
     }
     results.proposals[model.name] = {
         "made_of": sorted(entry["digest"] for entry in entries),

@@ -22,6 +22,7 @@ from examples.transfer_study.analysis import (
     Difference,
     Setting,
     name_of,
+    probe_numbers,
     rate_of_source,
 )
 from examples.transfer_study.arms import DESCRIPTION, EQUAL_ARMS, SOURCES
@@ -107,7 +108,9 @@ def make_sections(
         "primary": _primary(analysis),
         "by_source": _by_source(analysis),
         "state": _state(analysis, results, study, left_out),
+        "training_text": _training_text(analysis, results),
         "held_out": _held_out(results),
+        "abilities": _abilities(analysis, results),
         "summary": _summary(analysis),
         "direction": _contrasts(analysis, "direction"),
         "ramp": _contrasts(analysis, "ramp"),
@@ -231,6 +234,51 @@ def _state(analysis: Analysis, results: Results, study: Study, left_out: dict[st
     if left_out:
         parts.append("Left out:\n\n" + "\n".join(f"- {k}: {why}" for k, why in left_out.items()))
     return "\n\n".join(parts)
+
+
+def _training_text(analysis: Analysis, results: Results) -> str:
+    """Returns how much of the training text the arms of equal totals read."""
+    rows = []
+    for cell in _primary_cells(analysis):
+        entry = next(iter(analysis.runs[analysis.reference(cell)].values()))
+        available_tokens = results.models[cell.model].get("training_tokens", {})
+        for source, available in available_tokens.items():
+            read = entry["tokens_by_source"][source]
+            share = f"{100 * read / available:.0f} %"
+            rows.append([cell.model, source, f"{available:,}", f"{read:,}", share])
+    head = ["model", "source", "tokens of the training text", "read by an arm", "of an epoch"]
+    return _table(head, rows) if rows else "Not measured yet."
+
+
+def _abilities(analysis: Analysis, results: Results) -> str:
+    """Returns what the probes measure before training and after the arms with the primary's tail.
+
+    These are means over all seeds of an arm; differences of pairs are in other tables.
+    """
+    numbers = [
+        (label, number)
+        for label, wanted in DESCRIPTION["probes"].items()
+        for number in (wanted["number"], wanted.get("beside"))
+        if number is not None
+    ]
+    rows = []
+    for primary in _primary_cells(analysis):
+        static, known = analysis.reference(primary), results.foundations[primary.model]
+        weights = sorted({one for _, one in analysis.runs[static]})
+        groups = {"foundation": [known[one] for one in weights]}
+        for arm in analysis.arms((primary.model, primary.learning_rate, primary.has_tail)):
+            cell = static if arm == REFERENCE else replace(primary, arm=arm)
+            groups[arm] = list(analysis.runs[cell].values())
+        for name, entries in groups.items():
+            row = []
+            for label, number in numbers:
+                probes = [probe_numbers(entry)[label] for entry in entries]
+                values = [one[number] for one in probes if number in one]
+                row.append(f"{fmean(values):.3f}" if values else "-")
+            if set(row) != {"-"}:
+                rows.append([primary.model, name, *row, str(len(entries))])
+    head = [f"{label}: {number.replace('_', ' ')}" for label, number in numbers]
+    return _table(["model", "arm", *head, "runs"], rows) if rows else "Not measured yet."
 
 
 def _held_out(results: Results) -> str:

@@ -26,7 +26,7 @@ class Results:
         path: The file.
         entries: Results by `Run.key`, with a hash of the foundation after it for those that repeat
             a run from other weights.
-        models: Digests and held-out text of each model, as of its last preparation.
+        models: Digests and sizes of the text of each model, as of its last preparation.
         foundations: Results of the foundations, by model and hash of the weights.
         proposals: Proposed schedules with their predictions, by model.
     """

@@ -217,6 +217,7 @@ def prepare(model: ModelSize, study: Study, results: Results, clock: Clock) -> P
         "corpus": corpus,
         "evaluation": evaluation,
         "foundation": made_of,
+        "training_tokens": model.tokens.training_tokens(),
         "held_out": {name: {**sizes[name], **overlaps[name]} for name in sizes},
     }
     if results.models.get(model.name) != facts:

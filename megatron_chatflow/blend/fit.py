@@ -97,15 +97,6 @@ class Observation:
     losses: Mapping[str, float]
     group: str = ""
 
-    @property
-    def is_mixture(self) -> bool:
-        """Whether the run has read more than one source.
-
-        Losses of a run on sources it has not read measure forgetting. The model has no term for
-        that; fitted to a run that has read a single source, it fails on all others.
-        """
-        return int((self.trajectory.tokens.sum(axis=0) > 0).sum()) > 1
-
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -127,6 +118,15 @@ class RunRecord:
     def read(self) -> set[str]:
         """The sources of which the run has read tokens."""
         return {name for part in self.parts for name, count in part["tokens"].items() if count}
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the run has read more than one source.
+
+        Losses of a run on sources it has not read measure forgetting. The model has no term for
+        that; fitted to a run that has read a single source, it fails on all others.
+        """
+        return len(self.read) > 1
 
     def observation(self, sources: Sequence[str]) -> Observation:
         """Returns the run with its sources in this order."""

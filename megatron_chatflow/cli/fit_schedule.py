@@ -51,14 +51,16 @@ def main() -> None:
     args = _parse()
     if args.output:
         check_output_file(args.output)
+    if args.model and all(path.is_dir() for path in args.runs):
+        raise UserError("--model: chooses among the models of a results.json; leave it out")
     goal = _numbers(args.goal, "--goal", float)
     bounds = _numbers(args.max_tokens, "--max-tokens", _count)
     config = load_config(args.config)
     known = tuple(config.data.sources)
     every = [run for path in args.runs for run in read_runs(path, args.model)]
-    runs = [run for run in every if len(run.read) > 1]
+    runs = [run for run in every if run.is_mixture]
     for run in every:
-        if len(run.read) < 2:
+        if not run.is_mixture:
             print(f"note: {run.name}: reads a single source, so it is left out of the fit")
     if not runs:
         raise UserError("no run reads more than one source; give runs of different mixtures")

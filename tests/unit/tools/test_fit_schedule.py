@@ -153,6 +153,7 @@ def test_mistakes_are_one_line(runs: list[Path], tiny_run: TinyRun, tmp_path: Pa
         ([*runs, "--goal", "second=-1"], "--goal: 'second=-1' must have a number of at least 0"),
         ([*runs, "--goal", "third=1"], "goal: third was not evaluated; known: first, second"),
         ([*runs, *good, "--max-tokens", "third=5K"], "the source third is not one that both"),
+        ([*runs, *good, "--model", "a"], "--model: chooses among the models of a results.json"),
         ([*runs, *good, "--knots", "0"], "--knots: must be at least 1, not 0"),
         ([*runs, *good, "--knots", "41"], "41 knots: a run has 10 parts; use at most as many"),
         ([*runs, *good, "--caution", "nan"], "--caution: must be from 0 to 100, not nan"),

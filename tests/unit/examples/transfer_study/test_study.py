@@ -268,6 +268,7 @@ def scripted(run: Run, values: dict[str, float], foundation: str = "f") -> dict[
         "foundation": foundation,
         "schedule": block,
         "tokens": tokens,
+        "tokens_by_source": dict.fromkeys(SOURCES, tokens // 4),
         "flops": 1,
         **{"seconds": 1.0, "core_seconds": 1.0, "training_seconds": 1.0, "probe_seconds": 0.01},
         **{"device": "CPU", "bf16": True},
@@ -293,12 +294,14 @@ def write_results(path: Path, entries: list[dict[str, Any]]) -> Results:
         held_out = {"english": {"documents": 1, "tokens": 2, "dropped": 3}}
         held_out["english"]["shared_with_training"] = 0
         results.models[model.name] = {
-            **{"corpus": "c", "evaluation": "e", "foundation": "made", "held_out": held_out}
+            **{"corpus": "c", "evaluation": "e", "foundation": "made", "held_out": held_out},
+            "training_tokens": dict.fromkeys(SOURCES, model.budget.num_samples * 512),
         }
         results.foundations[model.name] = {
             "f": {
                 **{"tokens": 1, "flops": 1, "core_seconds": 1.0, "device": "CPU", "bf16": True},
                 **{"curve": [scripted_point()], **scripted_point()},
+                "probes": {"copy": {"gain_bits_per_token": 7.0}, "pairs": {"accuracy": None}},
             }
         }
     for entry in entries:
@@ -472,6 +475,9 @@ def test_the_page_regenerates_from_the_results(tmp_path: Path) -> None:
     ]
     entries.append(scripted(Run("small", "two_stage", "wsd", False, 1), {}))
     entries[-1]["probes"] = {"copy": {"gain_bits_per_token": 0.5, "first": 1.0}}
+    probed = [one for one in entries if one["arm"] == "static"]
+    for number, entry in enumerate(probed):
+        entry["probes"] = {"copy": {"gain_bits_per_token": number, "first_bits_per_token": 9}}
     write_results(tmp_path / "results.json", entries)
     contents = []
     for name in ("a", "b"):
@@ -491,6 +497,11 @@ def test_the_page_regenerates_from_the_results(tmp_path: Path) -> None:
     assert "| chinese | **-0.0110 ± 0.0006** |" in direction
     assert "| chinese | **+0.0110 ± 0.0006** |" in ramp
     assert "| chinese | +0.0000 ± 0.0000 |" in text
+    assert "| small | chinese | 737,280 | 184,320 | 25 % |" in section_of(text, "Training_text")
+    abilities = section_of(text, "Abilities")  # other arms have no probes
+    assert "| small | foundation | 7.000 | - | - | - | - | - | - | - | 1 |" in abilities
+    assert "| small | static | 1.000 | 9.000 | - | - | - | - | - | - | 3 |" in abilities
+    assert "| small | dynamic |" not in abilities
     assert "No schedule has been proposed yet." in text
     page = "by hand\n<!-- begin state -->\nold\n<!-- end state -->\nby hand\n"
     filled = report.fill_page(page, {"state": "new"}, Path("x.md"))
