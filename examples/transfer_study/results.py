@@ -59,15 +59,18 @@ class Results:
             )
 
     def write(self) -> None:
-        """Writes the file."""
-        content = {
-            "format_version": FORMAT_VERSION,
+        """Writes the file, with one line for each entry."""
+        sections = {
             "models": self.models,
             "foundations": self.foundations,
             "proposals": self.proposals,
             "runs": {key: self.entries[key] for key in sorted(self.entries)},
         }
-        write_output_file(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        lines = [f'"format_version": {FORMAT_VERSION}']
+        for name, entries in sections.items():
+            shown = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items()]
+            lines.append(f'"{name}": {{\n' + ",\n".join(shown) + "\n}")
+        write_output_file(self.path, "{\n" + ",\n".join(lines) + "\n}\n")
 
     def digest(self, run: Run, study: Study) -> str | None:
         """Returns the digest that a run has now; None if its model was never prepared."""
