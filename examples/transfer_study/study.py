@@ -234,7 +234,7 @@ FULL = Study(
         Stage("small", tuple(f"random_{k}" for k in range(1, _SMALL.num_random + 1)), (1,)),
         Stage("small", (PROPOSED, PROPOSED_STATIC), (1, 2, 3)),
         Stage("small", ("static", "dynamic", "reversed", "two_stage"), (1, 2, 3), "cosine"),
-        Stage("smollm2", (*_TAILED, "english_only"), (1,)),
+        Stage("smollm2", ("static/tail", "dynamic/tail", "english_only", "reversed/tail"), (1,)),
         Stage("smollm2", _TAILED, (2, 3)),
         Stage("small", ("chinese_only/tail", "chinese_then_instruction/tail"), (1,)),
     ),
