@@ -241,8 +241,9 @@ def _training_text(analysis: Analysis, results: Results) -> str:
     rows = []
     for cell in _primary_cells(analysis):
         entry = next(iter(analysis.runs[analysis.reference(cell)].values()))
-        available_tokens = results.models[cell.model].get("training_tokens", {})
-        for source, available in available_tokens.items():
+        # Results of earlier versions have no sizes of the training text.
+        sizes = results.models[cell.model].get("training_tokens", {})
+        for source, available in sizes.items():
             read = entry["tokens_by_source"][source]
             share = f"{100 * read / available:.0f} %"
             rows.append([cell.model, source, f"{available:,}", f"{read:,}", share])
